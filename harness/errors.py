@@ -1,0 +1,44 @@
+"""Errors that a user can act on: each message names what is wrong and what to do next."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class MQBenchError(Exception):
+    """A mistake in the request or its data; the CLI prints it on one line and exits with code 2."""
+
+
+class UnknownNameError(MQBenchError):
+    """A model, method, task or bit setting that is not registered."""
+
+    def __init__(self, kind: str, name: str, known: Iterable[str]) -> None:
+        names = sorted(known)
+        close = get_close_matches(name, names, n=1)
+        hint = f"did you mean '{close[0]}'?" if close else f"known: {', '.join(names)}"
+        super().__init__(f"unknown {kind} '{name}'; {hint}")
+
+
+class MissingWeightsError(MQBenchError):
+    """A registered model whose weights were not found on this machine."""
+
+
+class DatasetError(MQBenchError):
+    """A benchmark file that lacks columns, holds a broken image or repeats an index."""
+
+
+class CalibrationError(MQBenchError):
+    """A calibration set that is empty or overlaps with what is evaluated."""
+
+
+class NonFiniteError(MQBenchError):
+    """NaN or Inf in a weight or an activation; the message names the layer."""
+
+
+class OutputError(MQBenchError):
+    """An output folder or file that cannot be written."""
+
+
+class LayoutError(MQBenchError):
+    """A layout that does not describe the model it is applied to."""

@@ -1,0 +1,111 @@
+"""The shared quantizer interface: a method is a named list of steps over one session."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from mqbench.harness.quant.layout import Layout, Part
+from mqbench.harness.quant.linear import QuantLinear
+from mqbench.harness.quant.modality import ModalityContext
+from mqbench.harness.quant.scheme import Recipe, Scheme
+
+Batch = Mapping[str, Tensor]
+
+
+@dataclass
+class LayerReport:
+    """What quantization did to one linear.
+
+    Attributes:
+        name: Module name.
+        part: Vision, projector or text.
+        weight_num_bits: None when the weight stayed in floating point.
+        activation_num_bits: None when activations stayed in floating point.
+        scales: Static activation scales: ``{"tensor": s}`` or ``{"text": s_t, "visual": s_v}``.
+        weight_error: Relative Frobenius error of the rounded weight.
+        eq9_margin: Median over output columns of |sqrt(n) mean(w)| / max|w| (Eq. 9 holds above 1); None where no
+            online Hadamard acts.
+        rms_split: Input channel 0 runs outside the matrix product.
+    """
+
+    name: str
+    part: str
+    weight_num_bits: int | None = None
+    activation_num_bits: int | None = None
+    scales: dict[str, float] = field(default_factory=dict)
+    weight_error: float | None = None
+    eq9_margin: float | None = None
+    rms_split: bool = False
+
+
+@dataclass
+class QuantReport:
+    """The outcome of one quantization: a report per layer, by module name, and the seconds it took per step."""
+
+    layers: dict[str, LayerReport] = field(default_factory=dict)
+    step_s: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass
+class Session:
+    """All that a step may touch.
+
+    Attributes:
+        model: The model, changed in place.
+        layout: Its architecture facts.
+        recipe: What to do.
+        batches: Calibration inputs: each is passed as ``model(**batch)``; they include answers, so that text scales
+            see decoded tokens.
+        linears: Every quantizable linear by name, in pipeline order (already ``QuantLinear``).
+        context: Modality of the running forward pass, kept by hooks on the model.
+        report: Filled in by the steps.
+    """
+
+    model: nn.Module
+    layout: Layout
+    recipe: Recipe
+    batches: Sequence[Batch]
+    linears: dict[str, QuantLinear]
+    context: ModalityContext
+    report: QuantReport
+
+    def part(self, name: str) -> Part:
+        return self.layout.quantized_linears()[name]
+
+    def scheme(self, name: str) -> Scheme:
+        """The scheme of a linear: the text setting for the LLM, the vision setting for everything before it."""
+        return self.recipe.text_scheme if self.part(name) is Part.TEXT else self.recipe.vision_scheme
+
+    def option(self, key: str, default: Any) -> Any:
+        return self.recipe.options.get(key, default)
+
+    @torch.no_grad()
+    def run_calibration(self) -> None:
+        """One forward pass over every calibration batch (hooks and observers see the inputs)."""
+        for batch in self.batches:
+            self.model(**batch)
+
+
+Step = Callable[[Session], None]
+
+
+class Quantizer(Protocol):
+    """What an entry point of group ``mqbench.methods`` must provide."""
+
+    name: str
+    aliases: tuple[str, ...]
+    summary: str
+
+    def quantize(self, model: nn.Module, layout: Layout, recipe: Recipe, batches: Sequence[Batch]) -> QuantReport:
+        """Quantizes ``model`` in place.
+
+        Raises:
+            CalibrationError: static scales are asked for and ``batches`` is empty.
+            NonFiniteError: a weight or an activation is NaN or Inf.
+        """
+        ...
