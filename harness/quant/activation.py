@@ -11,11 +11,11 @@ from mqbench.harness.quant.observers import Observer, make_observer
 from mqbench.harness.quant.scheme import QuantArgs, Strategy
 
 
-def fake_quantize(x: Tensor, scale: Tensor, args: QuantArgs, zero_point: Tensor | None = None) -> Tensor:
-    """Rounds to the integer grid and back (Eq. 2). ``scale`` and ``zero_point`` broadcast against ``x``."""
-    offset = 0 if zero_point is None else zero_point
-    level = torch.clamp(torch.round(x / scale) + offset, args.quant_min, args.quant_max)
-    return (level - offset) * scale
+def fake_quantize(x: Tensor, scale: Tensor, args: QuantArgs) -> Tensor:
+    """Rounds to the symmetric integer grid and back (Eq. 2), in float32 or wider. ``scale`` broadcasts against ``x``."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    scale = scale.to(wide.dtype)
+    return (wide / scale).round_().clamp_(args.quant_min, args.quant_max).mul_(scale).to(x.dtype)
 
 
 class InputQuantizer(nn.Module):
@@ -24,12 +24,21 @@ class InputQuantizer(nn.Module):
     Static strategies pass through these states: ``observing`` (records ranges, output unchanged), then ``freeze``
     (scales computed), then quantizing. Dynamic per-token needs no calibration.
 
+    Args:
+        name: The linear's name, for messages.
+        args: Symmetric grid; strategy ``tensor``, ``modality`` or ``token`` (dynamic).
+        context: Modality and padding of the LLM's rows; None where rows are no LLM tokens (vision tower, projector).
+        observer: Name in ``observers.OBSERVERS``.
+
     Attributes:
         scale: (1,) per tensor, (2,) per modality as (text, visual); empty before ``freeze`` and when dynamic.
     """
 
-    def __init__(self, name: str, args: QuantArgs, context: ModalityContext, observer: str = "minmax") -> None:
+    def __init__(
+        self, name: str, args: QuantArgs, context: ModalityContext | None = None, observer: str = "minmax"
+    ) -> None:
         super().__init__()
+        _check_args(name, args, context)
         self.name = name
         self.args = args
         self.context = context
@@ -46,6 +55,11 @@ class InputQuantizer(nn.Module):
         if not self.enabled:
             return x
         return fake_quantize(x, self._scale_of(x), self.args)
+
+    @property
+    def visual(self) -> Tensor | None:
+        """(B, T) mask of visual tokens of the running LLM pass, or None when every row is text."""
+        return None if self.context is None else self.context.visual
 
     def freeze(self) -> None:
         """Turns the observed ranges into scales.
@@ -66,34 +80,42 @@ class InputQuantizer(nn.Module):
     def _observe(self, x: Tensor) -> None:
         if self.args.dynamic:
             return
-        if not torch.isfinite(x).all():
-            raise NonFiniteError(f"the input of '{self.name}' holds NaN or Inf; check the weights and the dtype")
         rows = x.detach().reshape(-1, x.shape[-1])
-        valid = _rows(self.context.valid, rows)
+        for observer, mask in zip(self.observers, self._masks(rows), strict=True):
+            self._update(observer, rows if mask is None else rows[mask])
+
+    def _masks(self, rows: Tensor) -> list[Tensor | None]:
+        """The rows that each observer sees, (N,) bool or None for all: never padding."""
+        valid = None if self.context is None or self.context.valid is None else self.context.valid.reshape(-1)
         if len(self.observers) == 1:
-            self.observers[0].update(rows if valid is None else rows[valid])
+            return [valid]
+        nothing = torch.zeros(len(rows), dtype=torch.bool, device=rows.device)
+        visual = nothing if self.visual is None else self.visual.reshape(-1)
+        keep = ~nothing if valid is None else valid
+        return [keep & ~visual, keep & visual]
+
+    def _update(self, observer: Observer, rows: Tensor) -> None:
+        if len(rows) == 0:
             return
-        visual = _rows(self.context.visual, rows)
-        visual = torch.zeros(len(rows), dtype=torch.bool, device=rows.device) if visual is None else visual
-        keep = torch.ones_like(visual) if valid is None else valid
-        for observer, mask in zip(self.observers, (keep & ~visual, keep & visual), strict=True):
-            if mask.any():
-                observer.update(rows[mask])
+        if not torch.isfinite(rows).all():
+            raise NonFiniteError(f"the input of '{self.name}' holds NaN or Inf; check the weights and the dtype")
+        observer.update(rows)
 
     def _scale_of(self, x: Tensor) -> Tensor:
         if self.args.dynamic:
-            return (x.abs().amax(-1, keepdim=True) / self.args.quant_max).clamp_min(torch.finfo(x.dtype).tiny)
-        scale = self.scale.to(x.dtype)
-        visual = self.context.visual
-        if len(scale) == 1:
-            return scale[0]
-        if visual is None:
-            return scale[0]
-        return scale[visual.long()].unsqueeze(-1).reshape(*x.shape[:-1], 1)
+            scale = x.abs().amax(-1, keepdim=True).to(torch.promote_types(x.dtype, torch.float32)) / self.args.quant_max
+            return torch.where(scale > 0, scale, torch.ones_like(scale))
+        if len(self.scale) == 1 or self.visual is None:
+            return self.scale[0]
+        return self.scale[self.visual.long()].reshape(*x.shape[:-1], 1)
 
 
-def _rows(mask: Tensor | None, rows: Tensor) -> Tensor | None:
-    """The (B, T) mask flattened, when it describes these rows (vision-tower inputs have other lengths)."""
-    if mask is None or mask.numel() != len(rows):
-        return None
-    return mask.reshape(-1)
+def _check_args(name: str, args: QuantArgs, context: ModalityContext | None) -> None:
+    if not args.symmetric:
+        raise ValueError(f"activations of '{name}' need a symmetric grid")
+    if args.strategy not in (Strategy.TENSOR, Strategy.MODALITY, Strategy.TOKEN):
+        raise ValueError(f"activations of '{name}' cannot have one scale per {args.strategy}")
+    if args.dynamic is not (args.strategy is Strategy.TOKEN):
+        raise ValueError(f"activations of '{name}': per-token scales are dynamic, all others static")
+    if args.strategy is Strategy.MODALITY and context is None:
+        raise ValueError(f"'{name}' cannot tell visual rows from text rows without a modality context")

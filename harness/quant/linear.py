@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mqbench.harness.quant.activation import InputQuantizer
+from mqbench.harness.quant.scheme import QuantArgs
 
 Transform = Callable[[Tensor], Tensor]
 
@@ -25,8 +26,9 @@ class QuantLinear(nn.Module):
         input_transform: Exact online transform of the input's last dimension, or None.
         x0_weight: (out_features,) weights of input channel 0 kept out of the matrix product (RMS), or None.
         input_quantizer: Activation quantizer, or None for floating-point activations.
-        weight_scale: Scales of the rounded weight, or None while the weight is in floating point.
-        weight_num_bits: Bits of the rounded weight, or None while the weight is in floating point.
+        weight_scale: (out_features, groups) scales of the rounded weight, or None while it is in floating point.
+        weight_zero_point: Zero points of an asymmetric grid, same shape, or None.
+        weight_args: Grid of the rounded weight, or None while the weight is in floating point.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None, *, name: str, flatten: bool = False) -> None:
@@ -39,7 +41,8 @@ class QuantLinear(nn.Module):
         self.input_quantizer: InputQuantizer | None = None
         self.register_buffer("x0_weight", None)
         self.register_buffer("weight_scale", None)
-        self.weight_num_bits: int | None = None
+        self.register_buffer("weight_zero_point", None)
+        self.weight_args: QuantArgs | None = None
 
     @classmethod
     def from_module(cls, module: nn.Module, name: str) -> QuantLinear:
@@ -50,9 +53,14 @@ class QuantLinear(nn.Module):
         """
         if isinstance(module, nn.Linear):
             return cls(module.weight.detach(), _detached(module.bias), name=name)
-        if isinstance(module, (nn.Conv2d, nn.Conv3d)) and module.stride == module.kernel_size:
+        if isinstance(module, (nn.Conv2d, nn.Conv3d)) and _takes_one_patch(module):
             return cls(module.weight.detach().flatten(1), _detached(module.bias), name=name, flatten=True)
         raise TypeError(f"'{name}' is a {type(module).__name__}; only Linear and patch convolutions can be quantized")
+
+    @property
+    def weight_num_bits(self) -> int | None:
+        """Bits of the rounded weight, or None while the weight is in floating point."""
+        return None if self.weight_args is None else self.weight_args.num_bits
 
     @property
     def in_features(self) -> int:
@@ -96,6 +104,12 @@ def wrap_linears(model: nn.Module, names: list[str]) -> dict[str, QuantLinear]:
         wrapped[name] = QuantLinear.from_module(model.get_submodule(name), name)
         setattr(model.get_submodule(parent_name), attribute, wrapped[name])
     return wrapped
+
+
+def _takes_one_patch(module: nn.Conv2d | nn.Conv3d) -> bool:
+    """A convolution that equals a linear over each patch handed to it."""
+    padded = isinstance(module.padding, str) or any(module.padding)
+    return module.stride == module.kernel_size and module.groups == 1 and not padded and set(module.dilation) == {1}
 
 
 def _detached(parameter: nn.Parameter | None) -> Tensor | None:

@@ -1,0 +1,23 @@
+"""Round-to-nearest: no transform, weights to their nearest level, static activation scales (METHODS.md, section 2)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from mqbench.harness.quant.calibrate import attach_input_quantizers, calibrate_activations, round_weights_rtn
+from mqbench.harness.quant.method import StepMethod
+from mqbench.harness.quant.scheme import Recipe
+from mqbench.harness.quant.session import Step
+
+
+def rtn_steps(recipe: Recipe) -> Sequence[Step]:
+    """Round, then calibrate. Options: ``weight_clip``, ``activations``, ``observer``."""
+    return (round_weights_rtn, attach_input_quantizers, calibrate_activations)
+
+
+METHOD = StepMethod(
+    name="rtn",
+    aliases=("round-to-nearest",),
+    summary="round-to-nearest weights, static per-tensor activations",
+    steps=rtn_steps,
+)

@@ -1,0 +1,92 @@
+"""Steps that every method shares: round-to-nearest weights, and activation quantizers with their static scales."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from mqbench.harness.errors import UnknownNameError
+from mqbench.harness.quant.activation import InputQuantizer
+from mqbench.harness.quant.layout import Part
+from mqbench.harness.quant.scheme import QuantArgs, Strategy
+from mqbench.harness.quant.session import LayerReport, Session
+from mqbench.harness.quant.weight import Clip, RoundedWeight, round_to_nearest, store_rounded
+
+ACTIVATIONS = (Strategy.TENSOR, Strategy.MODALITY, Strategy.TOKEN)
+
+
+def attach_input_quantizers(session: Session, text_strategy: str = Strategy.TENSOR) -> None:
+    """Gives every linear whose scheme has activations an ``InputQuantizer``.
+
+    Option ``activations`` (default ``text_strategy``): ``tensor``: one static scale; ``modality``: a static scale for
+    visual and one for text rows of the LLM, one scale elsewhere; ``token``: dynamic per token everywhere. Option
+    ``observer`` (default ``minmax``): how static scales follow from what was observed.
+
+    Raises:
+        UnknownNameError: an option's value is unknown.
+    """
+    strategy = session.option("activations", text_strategy)
+    if strategy not in ACTIVATIONS:
+        raise UnknownNameError("activation strategy", strategy, ACTIVATIONS)
+    observer = session.option("observer", "minmax")
+    for name, linear in session.linears.items():
+        args = session.scheme(name).activations
+        if args is None:
+            continue
+        is_text = session.part(name) is Part.TEXT
+        quantizer = InputQuantizer(
+            name, _with_strategy(args, strategy, is_text), session.context if is_text else None, observer
+        )
+        linear.input_quantizer = quantizer.to(linear.weight.device)
+        layer_report(session, name).activation_num_bits = args.num_bits
+
+
+def calibrate_activations(session: Session) -> None:
+    """Observes the calibration batches and freezes the static scales.
+
+    One pass with rounded weights and no activation rounded (every quantizer observes and passes its input on): the
+    scales then depend on the weights that will run, not on the order of the layers.
+
+    Raises:
+        CalibrationError: a static quantizer saw no data.
+        NonFiniteError: an activation is NaN or Inf.
+    """
+    quantizers = {name: linear.input_quantizer for name, linear in session.linears.items() if linear.input_quantizer}
+    if any(not quantizer.args.dynamic for quantizer in quantizers.values()):
+        for quantizer in quantizers.values():
+            quantizer.observing = True
+        session.run_calibration()
+    for name, quantizer in quantizers.items():
+        quantizer.freeze()
+        keys = ("text", "visual") if quantizer.args.strategy is Strategy.MODALITY else ("tensor",)
+        layer_report(session, name).scales = dict(zip(keys, quantizer.scale.tolist(), strict=False))
+
+
+def round_weights_rtn(session: Session) -> None:
+    """Rounds every weight to nearest on the grid of its scheme; option ``weight_clip`` (default ``minmax``).
+
+    Raises:
+        NonFiniteError: a weight is NaN or Inf.
+    """
+    clip = session.option("weight_clip", Clip.MINMAX)
+    for name, linear in session.linears.items():
+        args = session.scheme(name).weights
+        if args is not None:
+            store_and_report(session, name, round_to_nearest(linear.weight, args, clip, name), args)
+
+
+def store_and_report(session: Session, name: str, rounded: RoundedWeight, args: QuantArgs) -> None:
+    """Puts a rounded weight into its linear and writes its bits and error into the report."""
+    layer = layer_report(session, name)
+    layer.weight_error = store_rounded(session.linears[name], rounded, args)
+    layer.weight_num_bits = args.num_bits
+
+
+def layer_report(session: Session, name: str) -> LayerReport:
+    """The report of a linear, created on first use."""
+    return session.report.layers.setdefault(name, LayerReport(name, session.part(name)))
+
+
+def _with_strategy(args: QuantArgs, strategy: str, is_text: bool) -> QuantArgs:
+    if strategy == Strategy.MODALITY and not is_text:
+        strategy = Strategy.TENSOR
+    return replace(args, strategy=Strategy(strategy), dynamic=strategy == Strategy.TOKEN)
