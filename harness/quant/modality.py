@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+import inspect
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from mqbench.harness.errors import LayoutError
+from mqbench.harness.quant.layout import Layout
 
 
 class ModalityContext:
@@ -21,3 +29,77 @@ class ModalityContext:
     def clear(self) -> None:
         self.visual = None
         self.valid = None
+
+
+class _Removable(Protocol):
+    def remove(self) -> None: ...
+
+
+class Hooks:
+    """Hooks that belong together and go together."""
+
+    def __init__(self, handles: Sequence[_Removable]) -> None:
+        self._handles = list(handles)
+
+    def remove(self) -> None:
+        """Takes every hook off the model; a second call does nothing."""
+        while self._handles:
+            self._handles.pop().remove()
+
+
+def track_modality(model: nn.Module, layout: Layout, context: ModalityContext) -> Hooks:
+    """Keeps ``context`` right during every forward pass of ``model``, prefill, later turns and decoding steps alike.
+
+    Only the tokens of the current chunk count: ``input_ids`` (B, T) and the last T columns of ``attention_mask``
+    (B, S). Behind the pass, also one that raised, the context is clear again.
+
+    Args:
+        model: The root, called with ``input_ids`` and, when something is padded, a 2-D ``attention_mask``.
+        layout: Gives the image placeholder's id.
+        context: The object that the quantizers of this model hold.
+
+    Returns:
+        A handle whose ``remove`` stops the tracking.
+    """
+    parameters = inspect.signature(model.forward)
+
+    def fill(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        arguments = parameters.bind_partial(*args, **kwargs).arguments
+        input_ids = arguments.get("input_ids")
+        context.visual = visual_mask(input_ids, layout)
+        context.valid = None if input_ids is None else valid_mask(arguments.get("attention_mask"), input_ids.shape[1])
+
+    def clear(*_: Any) -> None:
+        context.clear()
+
+    return Hooks(
+        [
+            model.register_forward_pre_hook(fill, with_kwargs=True),
+            model.register_forward_hook(clear, always_call=True),
+        ]
+    )
+
+
+def visual_mask(input_ids: Tensor | None, layout: Layout) -> Tensor | None:
+    """Image placeholders of a chunk, (B, T) bool, or None when it holds none.
+
+    Raises:
+        LayoutError: a multimodal model was called without ``input_ids``, so that nobody can tell the modalities apart.
+    """
+    if layout.image_token_id is None:
+        return None
+    if input_ids is None:
+        raise LayoutError(f"a quantized '{layout.family}' model needs input_ids to tell visual tokens; pass them")
+    visual = input_ids == layout.image_token_id
+    return visual if visual.any() else None
+
+
+def valid_mask(attention_mask: Any, num_tokens: int) -> Tensor | None:
+    """The last ``num_tokens`` columns of a 2-D attention mask as bool, or None when they hold no padding.
+
+    A mask of another form (4-D, or the dict of a static cache) says nothing about single tokens and gives None.
+    """
+    if not isinstance(attention_mask, Tensor) or attention_mask.dim() != 2:
+        return None
+    valid = attention_mask[:, -num_tokens:].to(torch.bool)
+    return None if valid.all() else valid
