@@ -1,0 +1,174 @@
+"""Exact removal of what stands between a residual stream and its rotation: norm affines and LayerNorm's mean.
+
+Every step computes in float64, casts back to the parameter's dtype, and leaves the model's function unchanged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from mqbench.harness.errors import LayoutError
+from mqbench.harness.quant.layout import Norm, NormKind, Tower
+from mqbench.harness.quant.session import Session
+from mqbench.harness.quant.transforms import RMSNorm
+
+VectorMap = Callable[[Tensor], Tensor]
+"""A linear map of the last dimension of a float64 tensor."""
+
+ROWS_PER_BLOCK = 8192
+"""Rows turned into float64 at a time: an embedding of 152k rows would otherwise need several GB."""
+
+
+def map_rows(matrix: Tensor, function: VectorMap) -> Tensor:
+    """Applies ``function`` to every row in float64. Shapes: (rows, n) -> (rows, m), in the dtype of ``matrix``."""
+    blocks = matrix.detach().split(ROWS_PER_BLOCK)
+    return torch.cat([function(block.double()).to(matrix.dtype) for block in blocks])
+
+
+def map_input(module: nn.Module, function: VectorMap, chunks: int = 1) -> None:
+    """Maps the input side of a linear's weight, each of ``chunks`` consecutive input vectors alike.
+
+    With an orthogonal ``function`` T, the linear then answers to inputs T(x) as it did to x.
+    """
+    weight = module.weight
+    rows = weight.detach().reshape(weight.shape[0] * chunks, -1)
+    set_parameter(module, "weight", map_rows(rows, function).reshape(weight.shape[0], -1))
+
+
+def map_output(module: nn.Module, function: VectorMap) -> None:
+    """Maps what a module writes: columns of an embedding, output channels and bias of a linear or convolution."""
+    weight = module.weight.detach()
+    if isinstance(module, nn.Embedding):
+        set_parameter(module, "weight", map_rows(weight, function))
+        return
+    columns = map_rows(weight.flatten(1).T, function)
+    set_parameter(module, "weight", columns.T.reshape(weight.shape).contiguous())
+    bias = getattr(module, "bias", None)
+    if bias is not None:
+        set_parameter(module, "bias", map_rows(bias[None], function)[0])
+
+
+def set_parameter(module: nn.Module, name: str, value: Tensor) -> None:
+    """Replaces a parameter by a new tensor, so that tied or shared storage is never written to."""
+    setattr(module, name, nn.Parameter(value, requires_grad=False))
+
+
+def untie_head(session: Session) -> None:
+    """Gives a language-model head that shares the embedding's tensor its own copy.
+
+    Needed before the head is fused or rotated: the embedding takes another transform.
+    """
+    text = session.layout.text
+    entries = [session.model.get_submodule(name) for name in text.entry]
+    for reader in _modules(session, text.final_norm.readers):
+        if any(getattr(entry, "weight", None) is reader.weight for entry in entries):
+            set_parameter(reader, "weight", reader.weight.detach().clone())
+    config = getattr(session.model, "config", None)
+    for part in (config, getattr(config, "text_config", None)):
+        if getattr(part, "tie_word_embeddings", False):
+            part.tie_word_embeddings = False  # or saving and loading would tie them again
+
+
+@torch.no_grad()
+def fuse_norms(session: Session) -> None:
+    """Moves each norm's gain and bias into its readers: W <- W diag(gamma), b <- b + W beta.
+
+    A reader of ``chunks`` concatenated vectors takes gamma and beta once per chunk; a missing bias is created. RMSNorms
+    become affine-free ``RMSNorm`` modules, LayerNorms affine-free LayerNorms (still mean-subtracting).
+
+    Raises:
+        LayoutError: a norm of a tower is not of the declared kind.
+    """
+    untie_head(session)
+    for tower in session.layout.towers:
+        for norm in tower.norms:
+            _fuse_norm(session, tower, norm)
+
+
+@torch.no_grad()
+def layernorm_to_rmsnorm(session: Session) -> None:
+    """Replaces every LayerNorm of the Pre-LN towers by RMSNorm (paper Sec. 3.3; SliceGPT's identity).
+
+    LayerNorm without affine is RMSNorm of the centred input, so each writer of the residual stream (patch embedding
+    and its bias included) is centred over its OUTPUT dimension. Towers built with RMSNorm are left alone: subtracting a
+    mean there would change the function. Needs ``fuse_norms`` first.
+
+    Raises:
+        LayoutError: a LayerNorm still has its affine.
+    """
+    for tower in session.layout.towers:
+        if tower.norm_kind is not NormKind.LAYERNORM:
+            continue
+        for writer in _modules(session, tower.writers):
+            map_output(writer, _centre)
+        for norm in tower.norms:
+            _replace_layernorm(session, norm)
+
+
+def is_rotatable(session: Session, tower: Tower) -> bool:
+    """Every norm of the tower commutes with an orthogonal change of basis."""
+    return all(isinstance(session.model.get_submodule(norm.name), RMSNorm) for norm in tower.norms)
+
+
+def _fuse_norm(session: Session, tower: Tower, norm: Norm) -> None:
+    module = session.model.get_submodule(norm.name)
+    gain, shift = getattr(module, "weight", None), getattr(module, "bias", None)
+    for reader in _modules(session, norm.readers):
+        if shift is not None:
+            _add_to_bias(reader, shift.double().repeat(norm.chunks))
+        if gain is not None:
+            map_input(reader, _scaling(gain.double()), norm.chunks)
+    eps = _epsilon(module, norm.name)
+    if tower.norm_kind is NormKind.RMSNORM:
+        _set_module(session, norm.name, RMSNorm(eps))
+    elif isinstance(module, nn.LayerNorm):
+        _set_module(session, norm.name, nn.LayerNorm(tower.hidden_size, eps, elementwise_affine=False))
+    else:
+        raise LayoutError(f"'{norm.name}' is a {type(module).__name__}, but its tower declares LayerNorm")
+
+
+def _add_to_bias(reader: nn.Module, shift: Tensor) -> None:
+    """b <- b + W shift. Shapes: shift (in_features,) float64."""
+    weight = reader.weight
+    bias = torch.zeros(weight.shape[0], dtype=torch.float64, device=weight.device)
+    for start in range(0, len(bias), ROWS_PER_BLOCK):
+        rows = slice(start, start + ROWS_PER_BLOCK)
+        bias[rows] = weight[rows].double() @ shift.to(weight.device)
+    if reader.bias is not None:
+        bias += reader.bias.double()
+    set_parameter(reader, "bias", bias.to(weight.dtype))
+
+
+def _replace_layernorm(session: Session, norm: Norm) -> None:
+    module = session.model.get_submodule(norm.name)
+    if getattr(module, "weight", None) is not None:
+        raise LayoutError(f"'{norm.name}' still has its gain; run fuse_norms before layernorm_to_rmsnorm")
+    _set_module(session, norm.name, RMSNorm(_epsilon(module, norm.name)))
+
+
+def _epsilon(module: nn.Module, name: str) -> float:
+    for attribute in ("eps", "variance_epsilon"):
+        if isinstance(getattr(module, attribute, None), float):
+            return getattr(module, attribute)
+    raise LayoutError(f"'{name}' is a {type(module).__name__} without a known epsilon, so it is no norm we can replace")
+
+
+def _scaling(gain: Tensor) -> VectorMap:
+    return lambda x: x * gain.to(x.device)
+
+
+def _centre(x: Tensor) -> Tensor:
+    return x - x.mean(-1, keepdim=True)
+
+
+def _modules(session: Session, names: tuple[str, ...]) -> list[nn.Module]:
+    """The named modules, each once (a stream may list a module as entry and as writer)."""
+    return [session.model.get_submodule(name) for name in dict.fromkeys(names)]
+
+
+def _set_module(session: Session, name: str, module: nn.Module) -> None:
+    parent, _, attribute = name.rpartition(".")
+    setattr(session.model.get_submodule(parent), attribute, module)

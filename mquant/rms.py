@@ -1,0 +1,110 @@
+"""Rotation Magnitude Suppression (MQuant Sec. 3.4, Eq. 8 and 9).
+
+An online Hadamard turns a weight W (rows w_:j over the n input channels of output column j) into H W, whose row 0 is
+sqrt(n) * mean_i(w_ij), Eq. 8: where the mean is large, rotation creates an outlier instead of removing one. Eq. 9 says
+where: |sqrt(n) * mean_i(w_ij)| > max_i |w_ij|. There, input channel 0 leaves the matrix product and returns as the
+rank-1 term x0 * w0, which also takes the large x0 out of the activation's range.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+
+import torch
+from torch import Tensor
+
+from mqbench.harness.errors import UnknownNameError
+from mqbench.harness.quant.linear import QuantLinear
+from mqbench.harness.quant.session import LayerReport, Session
+from mqbench.harness.quant.transforms import OnlineHadamard
+
+
+ROWS_PER_BLOCK = 1024
+"""Weight rows in float64 at a time."""
+
+RULES: Mapping[str, Callable[[Tensor, Tensor], bool]] = MappingProxyType(
+    {
+        "median": lambda spike, peak: _margin(spike, peak) > 1,
+        "any": lambda spike, peak: bool((spike > peak).any()),
+        "norm": lambda spike, peak: bool(spike.norm() > peak.norm()),
+    }
+)
+"""How Eq. 9, stated per output column j, decides for a whole layer; the paper leaves it unsaid."""
+
+
+@torch.no_grad()
+def split_spikes(session: Session) -> None:
+    """Takes input channel 0 out of the matrix product of each layer behind an online Hadamard that satisfies Eq. 9.
+
+    Runs on the final transformed float weights: after rotation (which mixes output columns), before rounding. The
+    layer's ``eq9_margin`` is reported whether it is split or not: the median over output columns j of
+    |sqrt(n) mean_i(w_ij)| / max_i |w_ij|.
+
+    Options of the recipe:
+        rms_rule: ``median`` (the default): the margin above exceeds 1, that is, Eq. 9 holds for at least half of
+            the columns; ``any``: for one column; ``norm``: the Euclidean norm over j of the left sides exceeds that of
+            the right sides.
+        rms_x0_bits: Bits of the split weights w0, one symmetric scale per layer; None (the default) keeps them in
+            floating point.
+
+    Raises:
+        UnknownNameError: ``rms_rule`` is no rule.
+    """
+    rule = _rule(session.option("rms_rule", "median"))
+    for name, linear in session.linears.items():
+        if not isinstance(linear.input_transform, OnlineHadamard):
+            continue
+        report = session.report.layers.setdefault(name, LayerReport(name, session.part(name)))
+        spike, peak = eq9_sides(linear)
+        report.eq9_margin = _margin(spike, peak)
+        report.rms_split = rule(spike, peak)
+        if report.rms_split:
+            split_channel0(linear, session.option("rms_x0_bits", None))
+
+
+def eq9_sides(linear: QuantLinear) -> tuple[Tensor, Tensor]:
+    """Left and right side of Eq. 9 for every output column, in float64.
+
+    Shapes: (out_features,) |sqrt(n) mean_i(w_ij)|, which stands in the transformed weight as channel 0, and
+    (out_features,) max_i |w_ij| of the weight before the online Hadamard.
+    """
+    weight = linear.weight.detach()
+    peaks = [_untransformed(linear, rows.double()).abs().amax(1) for rows in weight.split(ROWS_PER_BLOCK)]
+    return weight[:, 0].double().abs(), torch.cat(peaks)
+
+
+def split_channel0(linear: QuantLinear, x0_bits: int | None = None) -> None:
+    """Moves the weights of input channel 0 into ``x0_weight``; exact unless ``x0_bits`` rounds them."""
+    weight = linear.weight.detach().clone()
+    linear.x0_weight = _rounded(weight[:, 0].clone(), x0_bits)
+    weight[:, 0] = 0
+    linear.weight = torch.nn.Parameter(weight, requires_grad=False)
+
+
+def _untransformed(linear: QuantLinear, rows: Tensor) -> Tensor:
+    """Weight rows before the online Hadamard T. T is orthonormal, so its adjoint, which autograd gives, undoes it."""
+    transform = linear.input_transform
+    assert isinstance(transform, OnlineHadamard)
+    _, adjoint = torch.func.vjp(transform, rows.new_zeros(len(rows), transform.n))
+    return adjoint(rows)[0]
+
+
+def _margin(spike: Tensor, peak: Tensor) -> float:
+    ratio = spike / peak.clamp_min(torch.finfo(peak.dtype).tiny)
+    return ratio.quantile(0.5).item()
+
+
+def _rounded(values: Tensor, num_bits: int | None) -> Tensor:
+    """Symmetric round-to-nearest with one scale. Shapes: (out_features,) -> the same."""
+    largest = values.abs().max()
+    if num_bits is None or largest == 0:
+        return values
+    scale = largest / (2 ** (num_bits - 1) - 1)
+    return (values / scale).round() * scale
+
+
+def _rule(name: str) -> Callable[[Tensor, Tensor], bool]:
+    if name not in RULES:
+        raise UnknownNameError("RMS rule", name, RULES)
+    return RULES[name]
