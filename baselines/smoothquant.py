@@ -37,9 +37,8 @@ def smooth(session: Session) -> None:
 
 def smoothable_norms(session: Session) -> list[Norm]:
     """Norms of blocks, each with an affine map and readers whose inputs are to be rounded."""
-    candidates = [
-        norm for tower in session.layout.towers for block in tower.blocks for norm in (block.attention_norm, block.mlp_norm)
-    ]
+    blocks = [block for tower in session.layout.towers for block in tower.blocks]
+    candidates = [norm for block in blocks for norm in (block.attention_norm, block.mlp_norm)]
     return [norm for norm in candidates if _is_quantized(session, norm) and _has_gain(session, norm)]
 
 

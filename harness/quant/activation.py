@@ -12,7 +12,7 @@ from mqbench.harness.quant.scheme import QuantArgs, Strategy
 
 
 def fake_quantize(x: Tensor, scale: Tensor, args: QuantArgs) -> Tensor:
-    """Rounds to the symmetric integer grid and back (Eq. 2), in float32 or wider. ``scale`` broadcasts against ``x``."""
+    """Rounds to the symmetric integer grid and back (Eq. 2), at least in float32; ``scale`` broadcasts to ``x``."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     scale = scale.to(wide.dtype)
     return (wide / scale).round_().clamp_(args.quant_min, args.quant_max).mul_(scale).to(x.dtype)

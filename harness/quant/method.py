@@ -53,7 +53,7 @@ class StepMethod:
         layout.check(model)
         check_weights(model, layout)
         if not batches and self.needs_data(recipe):
-            raise CalibrationError(f"method '{self.name}' at {recipe.bits} needs calibration samples; give at least one")
+            raise CalibrationError(f"method '{self.name}' at {recipe.bits} needs calibration samples; give some")
         session = open_session(model, layout, recipe, batches)
         for step in self.steps(recipe):
             _run_timed(step, session)

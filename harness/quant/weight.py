@@ -88,7 +88,7 @@ def weight_scale(weight: Tensor, args: QuantArgs, clip: str = Clip.MINMAX) -> We
         UnknownNameError: ``clip`` is unknown.
     """
     if clip not in list(Clip):
-        raise UnknownNameError("weight clip", clip, list(Clip))
+        raise UnknownNameError("weight clip", clip, Clip)
     num_groups = int(group_index(weight.shape[1], args).max()) + 1
     wide = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
     rows = wide.reshape(len(weight) * num_groups, -1)
