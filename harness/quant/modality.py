@@ -1,4 +1,4 @@
-"""Which rows of the running forward pass are visual: one object that the model's root fills and every quantizer reads."""
+"""Which rows of the running forward pass are visual: one object that the root fills and every quantizer reads."""
 
 from __future__ import annotations
 
