@@ -32,6 +32,10 @@ class CalibrationError(MQBenchError):
     """A calibration set that is empty or overlaps with what is evaluated."""
 
 
+class ScoringError(MQBenchError):
+    """Predictions that do not fit the rows to score, or scores of rows that do not add up to the benchmark's."""
+
+
 class NonFiniteError(MQBenchError):
     """NaN or Inf in a weight or an activation; the message names the layer."""
 
@@ -42,3 +46,15 @@ class OutputError(MQBenchError):
 
 class LayoutError(MQBenchError):
     """A layout that does not describe the model it is applied to."""
+
+
+class RecordError(MQBenchError):
+    """A stored record that is damaged, edited by hand or written by a newer version."""
+
+
+class PluginError(MQBenchError):
+    """A registered model or method whose package cannot be imported or does not offer what it must."""
+
+
+class TableError(MQBenchError):
+    """Records that cannot stand in one table, or a table that is not described."""

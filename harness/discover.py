@@ -1,0 +1,139 @@
+"""Methods and models by name, through entry points; nothing is imported before it is asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from importlib.metadata import EntryPoint, entry_points
+from typing import TYPE_CHECKING, Any, cast
+
+from mqbench.harness.errors import PluginError, UnknownNameError
+
+if TYPE_CHECKING:
+    from mqbench.harness.models.adapter import ModelAdapter
+    from mqbench.harness.quant.session import Quantizer
+
+METHOD_GROUP = "mqbench.methods"
+MODEL_GROUP = "mqbench.models"
+METHOD_NEEDS = ("name", "aliases", "summary", "quantize")
+ADAPTER_NEEDS = ("name", "paper_name", "how_to_get", "find_weights", "load", "messages", "encode", "generate")
+
+
+@dataclass(frozen=True)
+class Registry:
+    """What was found: healthy plug-ins by name, and one error per broken one."""
+
+    found: dict[str, Any] = field(default_factory=dict)
+    broken: tuple[PluginError, ...] = ()
+
+
+def registered(group: str) -> tuple[EntryPoint, ...]:
+    """The entry points of a group, by name. Reads metadata only."""
+    return tuple(sorted(entry_points(group=group), key=lambda point: point.name))
+
+
+def find_method(name: str) -> Quantizer:
+    """A method by name or alias.
+
+    Raises:
+        UnknownNameError: nobody registers it.
+        PluginError: its package is broken.
+    """
+    for point in registered(METHOD_GROUP):
+        if point.name == name:
+            return cast("Quantizer", _load_method(point))
+    registry = all_methods()
+    for method in registry.found.values():
+        if name in method.aliases:
+            return cast("Quantizer", method)
+    raise _unknown("method", name, registry)
+
+
+def all_methods() -> Registry:
+    """Every method, broken plug-ins kept apart, so that one of them cannot hide the others."""
+    return _collect(METHOD_GROUP, lambda point: [_load_method(point)])
+
+
+def find_model(name: str) -> ModelAdapter:
+    """A model adapter by name.
+
+    Raises:
+        UnknownNameError: nobody registers it.
+        PluginError: nobody healthy registers it, and a registered package is broken.
+    """
+    registry = all_models()
+    if name not in registry.found:
+        raise _unknown("model", name, registry)
+    return cast("ModelAdapter", registry.found[name])
+
+
+def all_models() -> Registry:
+    """Every model adapter, broken plug-ins kept apart."""
+    return _collect(MODEL_GROUP, _load_adapters)
+
+
+def method_version(method: Quantizer) -> str:
+    """Version that the method declares as ``version``; part of every cell's key."""
+    return str(getattr(method, "version", "1"))
+
+
+def _collect(group: str, load: Any) -> Registry:
+    found: dict[str, Any] = {}
+    broken: list[PluginError] = []
+    for point in registered(group):
+        try:
+            loaded = load(point)
+        except PluginError as error:
+            broken.append(error)
+            continue
+        for item in loaded:
+            found.setdefault(item.name, item)
+    return Registry(found, tuple(broken))
+
+
+def _load_method(point: EntryPoint) -> Any:
+    method = _load(point)
+    _require(point, method, METHOD_NEEDS)
+    return method
+
+
+def _load_adapters(point: EntryPoint) -> list[Any]:
+    adapters = _load(point)
+    if not isinstance(adapters, Iterable):
+        raise PluginError(f"{_describe(point)} must name a list of adapters, not a {type(adapters).__name__}")
+    listed = list(adapters)
+    for adapter in listed:
+        _require(point, adapter, ADAPTER_NEEDS)
+    return listed
+
+
+def _load(point: EntryPoint) -> Any:
+    # Importing a plug-in runs foreign code, which can fail in any way; the error that users see names it.
+    try:
+        return point.load()
+    except Exception as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise PluginError(
+            f"{_describe(point)} cannot be loaded ({reason}); repair or uninstall that package"
+        ) from error
+
+
+def _require(point: EntryPoint, item: Any, names: Iterable[str]) -> None:
+    missing = list(_missing(item, names))
+    if missing:
+        raise PluginError(f"{_describe(point)} lacks {', '.join(missing)}; repair or uninstall that package")
+
+
+def _missing(item: Any, names: Iterable[str]) -> Iterator[str]:
+    return (name for name in names if not hasattr(item, name))
+
+
+def _describe(point: EntryPoint) -> str:
+    package = "" if point.dist is None else f" of package '{point.dist.name}'"
+    return f"plug-in '{point.name} = {point.value}'{package}"
+
+
+def _unknown(kind: str, name: str, registry: Registry) -> UnknownNameError | PluginError:
+    aliases = {alias for item in registry.found.values() for alias in getattr(item, "aliases", ())}
+    unknown = UnknownNameError(kind, name, {*registry.found, *aliases})
+    return PluginError(f"{unknown}; also, {registry.broken[0]}") if registry.broken else unknown
