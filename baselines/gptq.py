@@ -174,4 +174,4 @@ def _round_block(
         levels[i] = level
         errors[i] = (block[i] - value) / factor[i, i]
         block[i:] -= factor[i, i:, None] * errors[i]
-    return levels.T, errors.T
+    return levels.T, errors.T.contiguous()
