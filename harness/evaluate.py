@@ -1,0 +1,415 @@
+"""Prompts, answers and scores of a benchmark: the only module that imports vlmeval.
+
+vlmeval is imported when it is first needed, once per process (15 to 60 s), and leaves the process as it was: see
+``_vlmeval_state``. Prompts and scores are VLMEvalKit's own, with exact matching in place of a judge model; the loop
+that generates answers is ours, since VLMEvalKit's runs one prompt at a time.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import functools
+import importlib
+import io
+import logging
+import math
+import os
+import pickle
+import tempfile
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType, SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from PIL import Image
+
+from mqbench.harness.datasets.calibration import Calibration
+from mqbench.harness.datasets.catalog import OPTION_COLUMNS, Kind, Task
+from mqbench.harness.datasets.files import TaskData, reference_answer
+from mqbench.harness.datasets.images import cache_folder
+from mqbench.harness.errors import OutputError, ScoringError
+from mqbench.harness.models.adapter import LoadedModel, Message, ModelAdapter
+from mqbench.harness.process_state import environment_kept, libraries_kept, logging_kept
+
+PROMPT_MIXINS: Mapping[str, tuple[str, str]] = MappingProxyType(
+    {"qwen2_vl": ("vlmeval.vlm.qwen2_vl.prompt", "Qwen2VLPromptMixin")}
+)
+"""Module and class with which VLMEvalKit's wrapper of a model family replaces a dataset's own prompt; a family that is
+not listed gets the datasets' own prompts."""
+
+PIXELS_PER_TOKEN = 28 * 28
+CHARACTERS_PER_TOKEN = 4
+
+OnProgress = Callable[[Mapping[str, str]], None]
+"""Called after every batch with its new predictions by row index."""
+
+
+@dataclass(frozen=True)
+class EvalResult:
+    """What a benchmark says about one set of predictions.
+
+    Attributes:
+        score: The headline, 0 to ``task.max_score``.
+        metrics: Every figure of VLMEvalKit's evaluator in its own units, ``num_items``, and for multiple choice the
+            accuracy by context: TXT (the row has a hint), IMG (an image), NO (neither).
+        hits: Row index -> score of that row, 0 to 1 (MME: of the single question).
+    """
+
+    score: float
+    metrics: dict[str, float]
+    hits: dict[str, float]
+
+
+def build_messages(task: Task, data: TaskData, family: str) -> list[Message]:
+    """The prompt of every row, as VLMEvalKit's wrapper of a model family sends it; no image for text-only rows."""
+    dataset = _build_dataset(task, data)
+    prompts = _prompt_mixin(family)
+    if prompts is None or not prompts.use_custom_prompt(task.dataset):
+        return [dataset.build_prompt(dataset.data.iloc[row]) for row in range(len(data))]
+    prompts.set_dump_image(dataset.dump_image)
+    return [prompts.build_prompt(dataset.data.iloc[row], dataset=task.dataset) for row in range(len(data))]
+
+
+def calibration_prompts(calibration: Calibration, family: str) -> list[tuple[Message, str]]:
+    """Every calibration sample as (prompt, reference answer), grouped by benchmark."""
+    samples: list[tuple[Message, str]] = []
+    for part in calibration.parts:
+        answers = (reference_answer(part.task, row) for row in part.rows())
+        samples.extend(zip(build_messages(part.task, part, family), answers, strict=True))
+    return samples
+
+
+def evaluate_task(
+    loaded: LoadedModel,
+    adapter: ModelAdapter,
+    task: Task,
+    data: TaskData,
+    batch_size: int,
+    on_progress: OnProgress | None = None,
+    done: Mapping[str, str] | None = None,
+) -> dict[str, str]:
+    """Greedy answers of a model to every row.
+
+    Batches depend on the rows and ``batch_size`` alone, never on ``done``: a batch that was not finished before a crash
+    is run again as a whole, so that an interrupted run gives the same answers as an uninterrupted one.
+
+    Args:
+        loaded: The model.
+        adapter: Its family's way to encode and generate.
+        task: The benchmark.
+        data: Its rows.
+        batch_size: Prompts per forward pass.
+        on_progress: Told about every finished batch.
+        done: Predictions of an earlier run with the same settings, by row index.
+
+    Returns:
+        Row index -> answer, in the order of the rows.
+    """
+    messages = build_messages(task, data, loaded.layout.family)
+    indices = data.indices
+    kept = done or {}
+    predictions = {index: kept[index] for index in indices if index in kept}
+    limit = min(task.max_new_tokens, getattr(adapter, "max_new_tokens", None) or task.max_new_tokens)
+    for batch in make_batches(messages, batch_size):
+        if all(indices[row] in predictions for row in batch):
+            continue
+        with torch.no_grad():
+            encoded = adapter.encode(loaded, [messages[row] for row in batch])
+            answers = adapter.generate(loaded, encoded, limit)
+        new = {indices[row]: answer for row, answer in zip(batch, answers, strict=True)}
+        predictions |= new
+        if on_progress is not None:
+            on_progress(new)
+    return {index: predictions[index] for index in indices}
+
+
+def make_batches(messages: Sequence[Message], batch_size: int) -> list[list[int]]:
+    """Positions of prompts in batches of similar length, longest first; the same for the same prompts.
+
+    Raises:
+        ValueError: ``batch_size`` is below 1.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    order = sorted(range(len(messages)), key=lambda row: (-_num_tokens_estimate(messages[row]), row))
+    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+
+
+def score(task: Task, data: TaskData, predictions: Mapping[str, str], work_dir: Path) -> EvalResult:
+    """Scores predictions with VLMEvalKit's evaluator, exact matching only.
+
+    Args:
+        task: The benchmark.
+        data: Its rows.
+        predictions: Row index -> answer, one for every row.
+        work_dir: Existing folder for files that are removed before returning.
+
+    Raises:
+        ScoringError: a prediction is missing or belongs to no row, or the rows' scores do not add up to the whole's.
+        OutputError: ``work_dir`` cannot be written.
+    """
+    _check_predictions(task, data, predictions)
+    dataset = _build_dataset(task, data)
+    frame = dataset.data.assign(prediction=[predictions[index] for index in data.indices])
+    if task.kind is Kind.YES_NO_PAIRS:  # the evaluator pairs questions by this column; base64 files repeat images
+        frame = frame.assign(image_path=data.frame["image_path"])
+    with _scratch_folder(work_dir) as folder, _vlmeval_state(), _silent_serial_scorer():
+        run = _Run(task, data, dataset, frame, folder / f"{task.dataset}.pkl")
+        result = run.evaluate(frame, run.eval_file)
+        hits = [float(hit) for hit in _ITEM_SCORES[task.kind](run)]
+    metrics = _flat_metrics(result)
+    official = _official_headline(task, data, result, metrics)
+    _check_sum(task, official, _headline_of_hits(task, data, hits))
+    if task.kind is Kind.MULTIPLE_CHOICE:
+        metrics |= _context_accuracy(data, hits)
+    metrics["num_items"] = float(len(data))
+    headline = official / _attainable(task, data) * task.max_score
+    return EvalResult(headline, metrics, dict(zip(data.indices, hits, strict=True)))
+
+
+# --- VLMEvalKit's objects -------------------------------------------------------------------------------------------
+
+
+_GROUP_COLUMNS = ("split", "category", "l2-category")
+_NO_GROUP = "none"
+
+
+@dataclass(frozen=True)
+class _Run:
+    """One evaluation in progress: ``frame`` was written to ``eval_file`` and scored by ``dataset``."""
+
+    task: Task
+    data: TaskData
+    dataset: Any
+    frame: pd.DataFrame
+    eval_file: Path
+
+    def evaluate(self, frame: pd.DataFrame, path: Path) -> Any:
+        # A pickle keeps predictions as they are; spreadsheets turn '007' into 7.0 and '=1+1' into 0.
+        path.write_bytes(pickle.dumps(frame))
+        return self.dataset.evaluate(str(path), model="exact_matching")
+
+    def side_file(self, suffix: str) -> Path:
+        return self.eval_file.with_name(f"{self.eval_file.stem}{suffix}")
+
+
+@functools.cache
+def _vlmeval(name: str) -> Any:
+    """A module of vlmeval; the first call imports the whole package."""
+    with _vlmeval_state():
+        return importlib.import_module(name)
+
+
+@contextlib.contextmanager
+def _vlmeval_state() -> Iterator[None]:
+    """Lets vlmeval work in its own process-wide state and restores ours afterwards.
+
+    Its import switches off TLS verification and autograd, reseeds torch, configures the root logger, reports a missing
+    ``.env`` as an error, lifts Pillow's size limit and adds environment variables and search paths. It creates
+    ``~/LMUData`` unless ``LMUData`` names a folder, and lets ``PRED_FORMAT`` and others decide how scores are kept.
+    """
+    with environment_kept(), logging_kept(), libraries_kept(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        logging.disable(logging.ERROR)
+        os.environ |= {"LMUData": str(cache_folder("vlmeval")), "PRED_FORMAT": "tsv"}
+        for name in ("EVAL_FORMAT", "VERBOSE"):
+            os.environ.pop(name, None)
+        yield
+
+
+@contextlib.contextmanager
+def _silent_serial_scorer() -> Iterator[None]:
+    """Keeps progress bars off the screen, and scorers from forking 16 processes of a process that holds a model."""
+    module = _vlmeval("vlmeval.dataset.image_vqa")
+    processes = module.mp
+    serial = SimpleNamespace(map=lambda function, items: [function(item) for item in items])
+    module.mp = SimpleNamespace(Pool=lambda _workers: serial)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        module.mp = processes
+
+
+@contextlib.contextmanager
+def _scratch_folder(work_dir: Path) -> Iterator[Path]:
+    try:
+        folder = tempfile.TemporaryDirectory(prefix=".score-", dir=work_dir)
+    except OSError as error:
+        raise OutputError(f"cannot write to '{work_dir}': {error.strerror or error}; choose another --out") from None
+    with folder as name:
+        yield Path(name)
+
+
+def _build_dataset(task: Task, data: TaskData) -> Any:
+    """VLMEvalKit's dataset object over our rows: fresh each time, since runs change it. Its index is the row number."""
+    parent = getattr(_vlmeval("vlmeval.dataset"), task.dataset_class)
+    image_root = str(cache_folder("vlmeval"))
+    frame = _vlmeval_frame(data)
+
+    def load_data(self: Any, dataset: str) -> pd.DataFrame:
+        self.img_root = image_root
+        return frame
+
+    with _vlmeval_state():
+        return type(parent.__name__, (parent,), {"load_data": load_data})(task.dataset)
+
+
+def _vlmeval_frame(data: TaskData) -> pd.DataFrame:
+    frame = data.frame.drop(columns="images")
+    for column in (*OPTION_COLUMNS, "hint"):
+        if column in frame:  # only NaN counts as absent
+            frame[column] = [text or np.nan for text in frame[column]]
+    for column in _GROUP_COLUMNS:
+        if column in frame:  # and NaN breaks the evaluators' sums by group
+            frame[column] = [text or _NO_GROUP for text in frame[column]]
+    return frame.assign(index=range(len(frame)), image_path=[list(paths) for paths in data.frame["images"]])
+
+
+def _prompt_mixin(family: str) -> Any | None:
+    if family not in PROMPT_MIXINS:
+        return None
+    module, name = PROMPT_MIXINS[family]
+    return getattr(_vlmeval(module), name)(use_custom_prompt=True)
+
+
+def _num_tokens_estimate(message: Message) -> int:
+    total = 0
+    for item in message:
+        if item["type"] == "image":
+            with Image.open(item["value"]) as image:
+                total += image.width * image.height // PIXELS_PER_TOKEN
+        else:
+            total += len(item["value"]) // CHARACTERS_PER_TOKEN
+    return total
+
+
+# --- scores ---------------------------------------------------------------------------------------------------------
+
+
+def _check_predictions(task: Task, data: TaskData, predictions: Mapping[str, str]) -> None:
+    missing = [index for index in data.indices if index not in predictions]
+    unknown = predictions.keys() - set(data.indices)
+    if missing or unknown:
+        first = missing[0] if missing else sorted(unknown)[0]
+        raise ScoringError(
+            f"{task.name}: {len(missing)} row(s) lack a prediction and {len(unknown)} prediction(s) belong to no row "
+            f"(first: index {first}); remove the partial answers of this cell and run it again"
+        )
+
+
+def _vqa_hits(run: _Run) -> list[float]:
+    details = pd.read_csv(run.side_file("_results.tsv"), sep="\t", usecols=["eval_match"], dtype=str)
+    matches = [{"match": ast.literal_eval(text)} for text in details["eval_match"]]
+    return list(_vlmeval("vlmeval.dataset.utils.vqa_eval").hit_calculate(matches, run.task.dataset))
+
+
+def _ocrbench_hits(run: _Run) -> list[float]:
+    # The evaluator keeps counts only: it is asked about one row at a time.
+    path = run.side_file("_row.pkl")
+    return [run.evaluate(run.frame.iloc[[row]], path)["Final Score"] for row in range(len(run.frame))]
+
+
+def _yes_no_hits(run: _Run) -> list[float]:
+    judged = pd.read_csv(run.side_file("_auxmatch.tsv"), sep="\t", usecols=["index", "score"])
+    return list(judged.set_index("index")["score"].loc[run.frame["index"]])
+
+
+def _multiple_choice_hits(run: _Run) -> list[float]:
+    judged = pickle.loads(run.side_file("_exact_matching_result.pkl").read_bytes())
+    return [judged[index]["hit"] for index in run.frame["index"]]
+
+
+_ITEM_SCORES: Mapping[Kind, Callable[[_Run], list[float]]] = MappingProxyType(
+    {
+        Kind.VQA: _vqa_hits,
+        Kind.OCRBENCH: _ocrbench_hits,
+        Kind.YES_NO_PAIRS: _yes_no_hits,
+        Kind.MULTIPLE_CHOICE: _multiple_choice_hits,
+    }
+)
+
+
+def _flat_metrics(result: Any) -> dict[str, float]:
+    """The evaluator's dict or table as one mapping; a table with several rows (splits) names the row too."""
+    rows = [result] if isinstance(result, Mapping) else result.to_dict("records")
+    named = {
+        str(name) if len(rows) == 1 else f"{row['split']}|{name}": float(value)
+        for row in rows
+        for name, value in row.items()
+        if name != "split"
+    }
+    return {name: value for name, value in named.items() if math.isfinite(value)}  # NaN: a group without rows
+
+
+def _official_headline(task: Task, data: TaskData, result: Any, metrics: Mapping[str, float]) -> float:
+    """The one figure of a benchmark in VLMEvalKit's own unit."""
+    match task.kind:
+        case Kind.VQA:
+            return metrics["Overall"]
+        case Kind.OCRBENCH:
+            return metrics["Final Score"]
+        case Kind.YES_NO_PAIRS:
+            return metrics["perception"] + metrics["reasoning"]
+        case Kind.MULTIPLE_CHOICE:
+            splits = data.frame["split"] if "split" in data.frame else [""] * len(data)
+            sizes = Counter(text or _NO_GROUP for text in splits)
+            total = sum(row["Overall"] * sizes[str(row["split"])] for row in result.to_dict("records"))
+            return float(total / len(data))
+
+
+def _attainable(task: Task, data: TaskData) -> float:
+    """The official headline of perfect answers to exactly these rows."""
+    match task.kind:
+        case Kind.VQA:
+            return 100.0
+        case Kind.OCRBENCH:
+            return float(len(data))
+        case Kind.YES_NO_PAIRS:
+            return 200.0 * data.frame["category"].nunique()
+        case Kind.MULTIPLE_CHOICE:
+            return 1.0
+
+
+def _headline_of_hits(task: Task, data: TaskData, hits: Sequence[float]) -> float:
+    """The official headline, computed anew from the scores of single rows."""
+    match task.kind:
+        case Kind.VQA:
+            return 100.0 * float(np.mean(hits))
+        case Kind.OCRBENCH:
+            return float(np.sum(hits))
+        case Kind.MULTIPLE_CHOICE:
+            return float(np.mean(hits))
+        case Kind.YES_NO_PAIRS:
+            rows = data.frame[["category", "image_path"]].assign(hit=list(hits))
+            single = rows.groupby("category")["hit"].mean()
+            pairs = rows.groupby(["category", "image_path"])["hit"].prod().groupby("category").mean()
+            return 100.0 * float((single + pairs).sum())
+
+
+def _check_sum(task: Task, official: float, from_hits: float) -> None:
+    if not math.isclose(official, from_hits, rel_tol=1e-6, abs_tol=1e-6):
+        raise ScoringError(
+            f"{task.name}: VLMEvalKit's score is {official}, its rows' scores give {from_hits}; "
+            "install the ms-vlmeval version that pyproject.toml names"
+        )
+
+
+def _context_accuracy(data: TaskData, hits: Sequence[float]) -> dict[str, float]:
+    """ScienceQA's context classes, which overlap (paper, Table 5): text, image, no context."""
+    has_text = [bool(str(row.get("hint", ""))) for row in data.rows()]
+    has_image = [bool(row["images"]) for row in data.rows()]
+    groups = {
+        "TXT": has_text,
+        "IMG": has_image,
+        "NO": [not (text or image) for text, image in zip(has_text, has_image, strict=True)],
+    }
+    chosen = {name: [hit for hit, keep in zip(hits, mask, strict=True) if keep] for name, mask in groups.items()}
+    return {name: float(np.mean(values)) for name, values in chosen.items() if values}
