@@ -77,7 +77,7 @@ def fuse_norms(session: Session) -> None:
     """Moves each norm's gain and bias into its readers: W <- W diag(gamma), b <- b + W beta.
 
     A reader of ``chunks`` concatenated vectors takes gamma and beta once per chunk; a missing bias is created. RMSNorms
-    become affine-free ``RMSNorm`` modules, LayerNorms affine-free LayerNorms (still mean-subtracting).
+    become affine-free ``RMSNorm`` modules; LayerNorms keep their kind with gains of one and biases of zero.
 
     Raises:
         LayoutError: a norm of a tower is not of the declared kind.
@@ -125,9 +125,15 @@ def _fuse_norm(session: Session, tower: Tower, norm: Norm) -> None:
     if tower.norm_kind is NormKind.RMSNORM:
         _set_module(session, norm.name, RMSNorm(eps))
     elif isinstance(module, nn.LayerNorm):
-        _set_module(session, norm.name, nn.LayerNorm(tower.hidden_size, eps, elementwise_affine=False))
+        _reset_affine(module)
     else:
         raise LayoutError(f"'{norm.name}' is a {type(module).__name__}, but its tower declares LayerNorm")
+
+
+def _reset_affine(module: nn.LayerNorm) -> None:
+    # Neutral parameters, not none at all: a saved model then differs from the float one in tensors alone.
+    for name, parameter in list(module.named_parameters(recurse=False)):
+        set_parameter(module, name, torch.full_like(parameter, float(name == "weight")))
 
 
 def _add_to_bias(reader: nn.Module, shift: Tensor) -> None:
@@ -144,8 +150,9 @@ def _add_to_bias(reader: nn.Module, shift: Tensor) -> None:
 
 def _replace_layernorm(session: Session, norm: Norm) -> None:
     module = session.model.get_submodule(norm.name)
-    if getattr(module, "weight", None) is not None:
-        raise LayoutError(f"'{norm.name}' still has its gain; run fuse_norms before layernorm_to_rmsnorm")
+    gain, shift = getattr(module, "weight", None), getattr(module, "bias", None)
+    if (gain is not None and (gain != 1).any()) or (shift is not None and shift.any()):
+        raise LayoutError(f"'{norm.name}' still has its affine map; run fuse_norms before layernorm_to_rmsnorm")
     _set_module(session, norm.name, RMSNorm(_epsilon(module, norm.name)))
 
 

@@ -12,7 +12,9 @@ from torch import Tensor
 
 from mqbench.baselines.fusion import (
     VectorMap,
+    fuse_norms,
     is_rotatable,
+    layernorm_to_rmsnorm,
     map_input,
     map_output,
     map_rows,
@@ -21,9 +23,29 @@ from mqbench.baselines.fusion import (
 )
 from mqbench.harness.errors import LayoutError
 from mqbench.harness.quant.layout import Attention, Part, Tower
-from mqbench.harness.quant.session import Session
+from mqbench.harness.quant.scheme import Recipe
+from mqbench.harness.quant.session import Session, Step
 from mqbench.harness.quant.transforms import HeadHadamard, OnlineHadamard
 from mqbench.kernels.hadamard import hadamard_transform, padded_size
+
+
+def rotation_steps(recipe: Recipe) -> list[Step]:
+    """The exact transforms of a rotation method, in order.
+
+    Options of the recipe, all but the last on by default:
+        ln2rms: LayerNorm towers become RMSNorm towers; without it they are not rotated.
+        rotation: Residual stream and value heads are rotated.
+        online_hadamard: Online Hadamard in front of each block's last linear.
+        online_out_hadamard: QuaRot's online Hadamard across heads in front of each attention's output projection.
+    """
+    switches: tuple[tuple[str, bool, Step], ...] = (
+        ("ln2rms", True, layernorm_to_rmsnorm),
+        ("rotation", True, rotate_residual),
+        ("rotation", True, rotate_values),
+        ("online_hadamard", True, attach_online_hadamard),
+        ("online_out_hadamard", False, attach_out_hadamard),
+    )
+    return [fuse_norms, *(step for key, default, step in switches if recipe.options.get(key, default))]
 
 
 @torch.no_grad()

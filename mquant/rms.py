@@ -15,10 +15,13 @@ import torch
 from torch import Tensor
 
 from mqbench.harness.errors import UnknownNameError
+from mqbench.harness.quant.activation import fake_quantize
+from mqbench.harness.quant.calibrate import layer_report
 from mqbench.harness.quant.linear import QuantLinear
-from mqbench.harness.quant.session import LayerReport, Session
+from mqbench.harness.quant.scheme import QuantArgs
+from mqbench.harness.quant.session import Session
 from mqbench.harness.quant.transforms import OnlineHadamard
-
+from mqbench.kernels.hadamard import hadamard_transform
 
 ROWS_PER_BLOCK = 1024
 """Weight rows in float64 at a time."""
@@ -55,7 +58,7 @@ def split_spikes(session: Session) -> None:
     for name, linear in session.linears.items():
         if not isinstance(linear.input_transform, OnlineHadamard):
             continue
-        report = session.report.layers.setdefault(name, LayerReport(name, session.part(name)))
+        report = layer_report(session, name)
         spike, peak = eq9_sides(linear)
         report.eq9_margin = _margin(spike, peak)
         report.rms_split = rule(spike, peak)
@@ -83,11 +86,10 @@ def split_channel0(linear: QuantLinear, x0_bits: int | None = None) -> None:
 
 
 def _untransformed(linear: QuantLinear, rows: Tensor) -> Tensor:
-    """Weight rows before the online Hadamard T. T is orthonormal, so its adjoint, which autograd gives, undoes it."""
+    """Weight rows before the online Hadamard. Shapes: (rows, padded_n) -> (rows, n)."""
     transform = linear.input_transform
     assert isinstance(transform, OnlineHadamard)
-    _, adjoint = torch.func.vjp(transform, rows.new_zeros(len(rows), transform.n))
-    return adjoint(rows)[0]
+    return hadamard_transform(rows, inverse=True)[:, : transform.n]
 
 
 def _margin(spike: Tensor, peak: Tensor) -> float:
@@ -100,8 +102,8 @@ def _rounded(values: Tensor, num_bits: int | None) -> Tensor:
     largest = values.abs().max()
     if num_bits is None or largest == 0:
         return values
-    scale = largest / (2 ** (num_bits - 1) - 1)
-    return (values / scale).round() * scale
+    args = QuantArgs(num_bits)
+    return fake_quantize(values, largest / args.quant_max, args)
 
 
 def _rule(name: str) -> Callable[[Tensor, Tensor], bool]:

@@ -6,10 +6,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from fakes.sessions import logits, session_for, tiny_session
-from fakes.tiny_qwen2_vl import tiny_batch, tiny_layout, tiny_model
 from torch import nn
 
+from fakes.sessions import logits, session_for, tiny_session
+from fakes.tiny_qwen2_vl import tiny_batch, tiny_layout, tiny_model
 from mqbench.baselines.fusion import fuse_norms, layernorm_to_rmsnorm, map_input, map_output, untie_head
 from mqbench.baselines.rotation import (
     attach_online_hadamard,
