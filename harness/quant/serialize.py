@@ -269,6 +269,7 @@ def _read_tensors(directory: Path, model: nn.Module) -> dict[str, Tensor]:
     device = next(model.parameters()).device
     try:
         with safe_open(directory / TENSORS_FILE, framework="pt", device=str(device)) as file:
-            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (a file is no dict)
+            # Copies: tensors in the file's memory are less aligned, and matrix products then differ in the last bit.
+            return {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118 (a file is no dict)
     except (OSError, SafetensorError) as error:
         raise MissingWeightsError(f"'{directory / TENSORS_FILE}' cannot be read: {error}; make it again") from None

@@ -112,7 +112,7 @@ def round_to_levels(x: Tensor, scale: Tensor, zero_point: Tensor | None, args: Q
 def dequantize(levels: Tensor, grid: WeightGrid, args: QuantArgs, dtype: torch.dtype) -> Tensor:
     """(out_features, in_features) weight that integer levels stand for; the one place where this product is formed."""
     scale, zero_point = grid.columns(group_index(levels.shape[1], args, levels.device))
-    wide = levels.to(scale.dtype)
+    wide = levels.to(scale.dtype, memory_format=torch.contiguous_format)
     return ((wide if zero_point is None else wide - zero_point) * scale).to(dtype)
 
 
