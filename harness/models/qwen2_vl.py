@@ -1,25 +1,45 @@
-"""Qwen2-VL: its layout (vision LayerNorm blocks, 2x2 merger, RMSNorm LLM) and its registered models."""
+"""Qwen2-VL: its layout (vision LayerNorm blocks, 2x2 merger, RMSNorm LLM), its inputs and its registered models."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
+from mqbench.harness.errors import MissingWeightsError
+from mqbench.harness.models.adapter import LoadedModel, Message
+from mqbench.harness.models.pixels import PixelLimits, load_image
+from mqbench.harness.models.weights import cached_snapshot, check_complete, check_finite_weights, no_progress_bar
 from mqbench.harness.quant.layout import Attention, Block, Layout, Norm, NormKind, Part, Tower
+from mqbench.harness.quant.session import Batch
 
+FAMILY = "qwen2_vl"
 VISUAL = "model.visual"
 TEXT = "model.language_model"
 MERGER = f"{VISUAL}.merger"
 
+ATTENTION = "sdpa"
+"""Pinned: the attention backend changes scores, and AIFS needs one that takes a mask."""
+
+TOKEN_PX = 28 * 28
+VLMEVALKIT_LIMITS = PixelLimits(1280 * TOKEN_PX, 16384 * TOKEN_PX)
+VLMEVALKIT_LIMITS_BY_DATASET = {"OCRBench": PixelLimits(100 * TOKEN_PX, 16384 * TOKEN_PX)}
+"""VLMEvalKit's settings of the released checkpoints. OCRBench's crops are small and get a lower bound of their own."""
+
+SHIPPED_WEIGHTS = Path(__file__).parent / "standin" / "weights"
+
 
 def qwen2_vl_layout(model_or_config: nn.Module | Any) -> Layout:
     """The layout of a ``Qwen2VLForConditionalGeneration`` or of its config (transformers >= 4.52 module names)."""
-    config = getattr(model_or_config, "config", model_or_config)
+    config: Any = getattr(model_or_config, "config", model_or_config)
     vision = _vision_tower(config.vision_config)
     return Layout(
-        family="qwen2_vl",
-        text=_text_tower(config.text_config),
+        family=FAMILY,
+        text=text_tower(config.text_config),
         vision=vision,
         patch_embed=vision.entry[0],
         projector=(f"{MERGER}.mlp.0", f"{MERGER}.mlp.2"),
@@ -54,7 +74,8 @@ def _vision_tower(config: Any) -> Tower:
     )
 
 
-def _text_tower(config: Any) -> Tower:
+def text_tower(config: Any) -> Tower:
+    """The LLM, from its ``text_config``; Qwen2.5-VL has the same."""
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     head_dim = config.hidden_size // heads
 
@@ -79,3 +100,159 @@ def _text_tower(config: Any) -> Tower:
         blocks=tuple(block(index) for index in range(config.num_hidden_layers)),
         final_norm=Norm(f"{TEXT}.norm", ("lm_head",)),
     )
+
+
+@dataclass(frozen=True)
+class Qwen2VLAdapter:
+    """One registered Qwen2-VL.
+
+    Attributes:
+        name: As users type it.
+        paper_name: Its row in the paper's tables, or None.
+        how_to_get: One line for users who lack the weights.
+        repo_id: Its Hugging Face repository; None when it ships with the project.
+        attn_implementation: The attention that it runs with.
+    """
+
+    name: str
+    paper_name: str | None
+    how_to_get: str
+    repo_id: str | None = None
+    attn_implementation: str = ATTENTION
+
+    def find_weights(self, models_dir: Path | None) -> Path | None:
+        """The shipped folder; or ``models_dir/NAME``; or the snapshot in the Hugging Face cache; or None."""
+        if self.repo_id is None:
+            folder = SHIPPED_WEIGHTS / self.name
+            return folder if folder.is_dir() else None
+        if models_dir is not None:
+            for name in (self.name, self.repo_id.rpartition("/")[2]):
+                if (models_dir / name).is_dir():
+                    return models_dir / name
+        return cached_snapshot(self.repo_id)
+
+    def load(self, path: Path, device: str, dtype: torch.dtype) -> LoadedModel:
+        """Loads weights and processor from local files.
+
+        Raises:
+            MissingWeightsError: the folder lacks a file or a weight, or a file cannot be read.
+            NonFiniteError: a weight is NaN or Inf.
+        """
+        from transformers import Qwen2VLProcessor
+
+        check_complete(path, self.how_to_get)
+        model = _load_model(path, dtype, self.how_to_get)
+        check_finite_weights(model)
+        processor = Qwen2VLProcessor.from_pretrained(path, local_files_only=True)
+        layout = qwen2_vl_layout(model)
+        layout.check(model)
+        return LoadedModel(self.name, model.to(device).eval().requires_grad_(False), processor, layout)
+
+    def messages(self, dataset: Any, row: Any) -> Message:
+        """The prompt that ``dataset`` (VLMEvalKit's, or its Qwen2-VL prompt mixin) builds, tagged for ``encode``."""
+        return [{**item, "dataset": dataset.dataset_name} for item in dataset.build_prompt(row)]
+
+    def encode(self, loaded: LoadedModel, messages: Sequence[Message], answers: Sequence[str] | None = None) -> Batch:
+        """Left-padded inputs of a batch of prompts on the model's device; rows may hold any number of images.
+
+        Args:
+            loaded: From ``load``.
+            messages: One per row. An item may name its benchmark under ``"dataset"``, for VLMEvalKit's pixel limits.
+            answers: One per row; their tokens follow the prompts, as in decoding.
+
+        Returns:
+            ``input_ids`` and ``attention_mask`` (B, T); with images also ``mm_token_type_ids`` (B, T),
+            ``pixel_values`` (patches, patch elements) and ``image_grid_thw`` (images, 3).
+
+        Raises:
+            DatasetError: an image cannot be read.
+        """
+        processor = loaded.processor
+        conversations = [[{"role": "user", "content": _chat_content(message)}] for message in messages]
+        prompts = processor.apply_chat_template(conversations, tokenize=False, add_generation_prompt=True)
+        images = self._images(processor, messages)
+        encoded = processor(text=prompts, images=images or None, padding=False, do_resize=False)
+        rows = encoded["input_ids"]
+        if answers is not None:
+            tails = [processor.tokenizer(answer, add_special_tokens=False)["input_ids"] for answer in answers]
+            rows = [row + tail for row, tail in zip(rows, tails, strict=True)]
+        batch = _left_padded(rows, processor.tokenizer.pad_token_id)
+        if images:
+            batch["mm_token_type_ids"] = torch.eq(batch["input_ids"], processor.image_token_id).int()
+            batch |= {name: torch.as_tensor(encoded[name]) for name in ("pixel_values", "image_grid_thw")}
+        device = next(loaded.model.parameters()).device
+        return {name: tensor.to(device) for name, tensor in batch.items()}
+
+    def generate(self, loaded: LoadedModel, batch: Batch, max_new_tokens: int) -> list[str]:
+        """Greedy answers of one encoded batch, without special tokens."""
+        model: Any = loaded.model
+        tokenizer = loaded.processor.tokenizer
+        # The released checkpoints' generation config samples and penalizes repetition; VLMEvalKit turns that off.
+        greedy = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0}
+        unused = {"temperature": None, "top_p": None, "top_k": None}
+        pad = {"pad_token_id": tokenizer.pad_token_id}
+        sequences = model.generate(**batch, max_new_tokens=max_new_tokens, **greedy, **unused, **pad)
+        new_tokens = sequences[:, batch["input_ids"].shape[1] :]
+        return tokenizer.batch_decode(new_tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    def pixel_limits(self, processor: Any, dataset: str | None) -> PixelLimits:
+        """VLMEvalKit's limits for a released checkpoint; the stand-in's own, whatever the benchmark."""
+        if self.repo_id is not None:
+            return VLMEVALKIT_LIMITS_BY_DATASET.get(dataset or "", VLMEVALKIT_LIMITS)
+        size = processor.image_processor.size
+        return PixelLimits(size["shortest_edge"], size["longest_edge"])
+
+    def _images(self, processor: Any, messages: Sequence[Message]) -> list[Any]:
+        factor = processor.image_processor.patch_size * processor.image_processor.merge_size
+        return [
+            load_image(item["value"], factor, self.pixel_limits(processor, item.get("dataset")))
+            for message in messages
+            for item in message
+            if item["type"] == "image"
+        ]
+
+
+def _released(size: str, paper_name: str | None) -> Qwen2VLAdapter:
+    name, repo_id = f"qwen2-vl-{size.lower()}", f"Qwen/Qwen2-VL-{size}-Instruct"
+    how_to_get = (
+        f"put {repo_id} (config, tokenizer, processor, safetensors) into MODELS_DIR/{name} and pass --models-dir"
+    )
+    return Qwen2VLAdapter(name, paper_name, how_to_get, repo_id)
+
+
+ADAPTERS: tuple[Qwen2VLAdapter, ...] = (
+    Qwen2VLAdapter("standin-qwen2-vl", None, "ships with mqbench: reinstall it, or run 'mqbench standin train'"),
+    _released("2B", None),
+    _released("7B", "qwen2-vl-7b"),
+    _released("72B", "qwen2-vl-72b"),
+)
+
+
+def _load_model(path: Path, dtype: torch.dtype, how_to_get: str) -> nn.Module:
+    from safetensors import SafetensorError
+    from transformers import Qwen2VLForConditionalGeneration
+
+    options = {"dtype": dtype, "attn_implementation": ATTENTION, "local_files_only": True, "output_loading_info": True}
+    try:
+        with no_progress_bar():
+            model, info = Qwen2VLForConditionalGeneration.from_pretrained(path, **options)
+    except (OSError, SafetensorError) as error:
+        reason = " ".join(str(error).split())
+        raise MissingWeightsError(f"'{path}' cannot be loaded ({reason}); {how_to_get}") from None
+    if info["missing_keys"]:
+        raise MissingWeightsError(f"'{path}' lacks the weight '{min(info['missing_keys'])}'; {how_to_get}")
+    return model
+
+
+def _chat_content(message: Message) -> list[dict[str, str]]:
+    """VLMEvalKit's items as the chat template wants them."""
+    return [
+        {"type": "text", "text": item["value"]} if item["type"] == "text" else {"type": "image"} for item in message
+    ]
+
+
+def _left_padded(rows: Sequence[Sequence[int]], pad_id: int) -> dict[str, Tensor]:
+    longest = max(len(row) for row in rows)
+    lengths = torch.tensor([len(row) for row in rows])
+    input_ids = torch.tensor([[pad_id] * (longest - len(row)) + list(row) for row in rows])
+    return {"input_ids": input_ids, "attention_mask": (torch.arange(longest) >= longest - lengths[:, None]).long()}

@@ -18,7 +18,7 @@ class ModalityContext:
 
     Attributes:
         visual: (B, T) bool, True at image placeholders, in the order in which the LLM processes the tokens (already
-            permuted under AIFS); None when every token is text (decoding) or in the vision tower.
+            permuted under AIFS); None when every token is text (decoding). It says nothing about the vision tower.
         valid: (B, T) bool, False at padding; None when nothing is padded. Observers ignore padded rows.
     """
 

@@ -56,17 +56,21 @@ def tiny_config() -> Qwen2VLConfig:
 
 
 def tiny_model(
-    dtype: torch.dtype = torch.float64, seed: int = 0, attn_implementation: str = "sdpa"
+    dtype: torch.dtype = torch.float64,
+    seed: int = 0,
+    attn_implementation: str = "sdpa",
+    config: Qwen2VLConfig | None = None,
 ) -> Qwen2VLForConditionalGeneration:
     """A random model in evaluation mode; in float64 it computes in float64 throughout (see ``_keep_float64``)."""
-    config = tiny_config()
+    config = tiny_config() if config is None else config
     config._attn_implementation = attn_implementation
     model = Qwen2VLForConditionalGeneration(config)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for module in model.modules():
             _randomize(module, generator)
-    model.generation_config.update(eos_token_id=EOS_ID, pad_token_id=PAD_ID, do_sample=False)
+    text = config.text_config
+    model.generation_config.update(eos_token_id=text.eos_token_id, pad_token_id=text.pad_token_id, do_sample=False)
     return model.to(dtype).eval()
 
 
