@@ -68,13 +68,18 @@ class EvalResult:
 
 
 def build_messages(task: Task, data: TaskData, family: str) -> list[Message]:
-    """The prompt of every row, as VLMEvalKit's wrapper of a model family sends it; no image for text-only rows."""
+    """The prompt of every row, as VLMEvalKit's wrapper of a model family sends it; no image for text-only rows.
+
+    Every item also names the benchmark under ``dataset``: VLMEvalKit's wrappers choose pixel limits by it.
+    """
     dataset = _build_dataset(task, data)
-    prompts = _prompt_mixin(family)
-    if prompts is None or not prompts.use_custom_prompt(task.dataset):
-        return [dataset.build_prompt(dataset.data.iloc[row]) for row in range(len(data))]
-    prompts.set_dump_image(dataset.dump_image)
-    return [prompts.build_prompt(dataset.data.iloc[row], dataset=task.dataset) for row in range(len(data))]
+    build = dataset.build_prompt
+    mixin = _prompt_mixin(family)
+    if mixin is not None and mixin.use_custom_prompt(task.dataset):
+        mixin.set_dump_image(dataset.dump_image)
+        build = functools.partial(mixin.build_prompt, dataset=task.dataset)
+    prompts = (build(dataset.data.iloc[row]) for row in range(len(data)))
+    return [[{**item, "dataset": task.dataset} for item in prompt] for prompt in prompts]
 
 
 def calibration_prompts(calibration: Calibration, family: str) -> list[tuple[Message, str]]:
