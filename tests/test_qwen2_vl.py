@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+import socket
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -189,6 +190,17 @@ def test_load_keeps_dtype_and_pins_attention(adapter, folder):
     assert loaded.model.config._attn_implementation == adapter.attn_implementation == "sdpa"
     assert not loaded.model.training
     assert not any(parameter.requires_grad for parameter in loaded.model.parameters())
+
+
+def test_finding_and_loading_ask_no_network(adapter, folder, monkeypatch):
+    def refuse(*address: object) -> None:
+        raise AssertionError(f"connects to {address}")
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    adapter_named("qwen2-vl-7b").find_weights(None)
+    adapter.load(folder, "cpu", torch.float32)
 
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors"])
