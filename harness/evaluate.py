@@ -13,12 +13,10 @@ import functools
 import importlib
 import io
 import logging
-import math
 import os
 import pickle
 import tempfile
 import warnings
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +31,15 @@ from PIL import Image
 from mqbench.harness.datasets.calibration import Calibration
 from mqbench.harness.datasets.catalog import OPTION_COLUMNS, Kind, Task
 from mqbench.harness.datasets.files import TaskData, reference_answer
+from mqbench.harness.datasets.headline import (
+    NO_GROUP,
+    attainable,
+    check_sum,
+    context_accuracy,
+    flat_metrics,
+    headline_of_hits,
+    official_headline,
+)
 from mqbench.harness.datasets.images import cache_folder
 from mqbench.harness.errors import OutputError, ScoringError
 from mqbench.harness.models.adapter import LoadedModel, Message, ModelAdapter
@@ -169,13 +176,13 @@ def score(task: Task, data: TaskData, predictions: Mapping[str, str], work_dir: 
         run = _Run(task, data, dataset, frame, folder / f"{task.dataset}.pkl")
         result = run.evaluate(frame, run.eval_file)
         hits = [float(hit) for hit in _ITEM_SCORES[task.kind](run)]
-    metrics = _flat_metrics(result)
-    official = _official_headline(task, data, result, metrics)
-    _check_sum(task, official, _headline_of_hits(task, data, hits))
+    metrics = flat_metrics(result)
+    official = official_headline(task, data, result, metrics)
+    check_sum(task, official, headline_of_hits(task, data, hits))
     if task.kind is Kind.MULTIPLE_CHOICE:
-        metrics |= _context_accuracy(data, hits)
+        metrics |= context_accuracy(data, hits)
     metrics["num_items"] = float(len(data))
-    headline = official / _attainable(task, data) * task.max_score
+    headline = official / attainable(task, data) * task.max_score
     return EvalResult(headline, metrics, dict(zip(data.indices, hits, strict=True)))
 
 
@@ -183,7 +190,6 @@ def score(task: Task, data: TaskData, predictions: Mapping[str, str], work_dir: 
 
 
 _GROUP_COLUMNS = ("split", "category", "l2-category")
-_NO_GROUP = "none"
 
 
 @dataclass(frozen=True)
@@ -274,7 +280,7 @@ def _vlmeval_frame(data: TaskData) -> pd.DataFrame:
             frame[column] = [text or np.nan for text in frame[column]]
     for column in _GROUP_COLUMNS:
         if column in frame:  # and NaN breaks the evaluators' sums by group
-            frame[column] = [text or _NO_GROUP for text in frame[column]]
+            frame[column] = [text or NO_GROUP for text in frame[column]]
     return frame.assign(index=range(len(frame)), image_path=[list(paths) for paths in data.frame["images"]])
 
 
@@ -340,81 +346,3 @@ _ITEM_SCORES: Mapping[Kind, Callable[[_Run], list[float]]] = MappingProxyType(
         Kind.MULTIPLE_CHOICE: _multiple_choice_hits,
     }
 )
-
-
-def _flat_metrics(result: Any) -> dict[str, float]:
-    """The evaluator's dict or table as one mapping; a table with several rows (splits) names the row too."""
-    rows = [result] if isinstance(result, Mapping) else result.to_dict("records")
-    named = {
-        str(name) if len(rows) == 1 else f"{row['split']}|{name}": float(value)
-        for row in rows
-        for name, value in row.items()
-        if name != "split"
-    }
-    return {name: value for name, value in named.items() if math.isfinite(value)}  # NaN: a group without rows
-
-
-def _official_headline(task: Task, data: TaskData, result: Any, metrics: Mapping[str, float]) -> float:
-    """The one figure of a benchmark in VLMEvalKit's own unit."""
-    match task.kind:
-        case Kind.VQA:
-            return metrics["Overall"]
-        case Kind.OCRBENCH:
-            return metrics["Final Score"]
-        case Kind.YES_NO_PAIRS:
-            return metrics["perception"] + metrics["reasoning"]
-        case Kind.MULTIPLE_CHOICE:
-            splits = data.frame["split"] if "split" in data.frame else [""] * len(data)
-            sizes = Counter(text or _NO_GROUP for text in splits)
-            total = sum(row["Overall"] * sizes[str(row["split"])] for row in result.to_dict("records"))
-            return float(total / len(data))
-
-
-def _attainable(task: Task, data: TaskData) -> float:
-    """The official headline of perfect answers to exactly these rows."""
-    match task.kind:
-        case Kind.VQA:
-            return 100.0
-        case Kind.OCRBENCH:
-            return float(len(data))
-        case Kind.YES_NO_PAIRS:
-            return 200.0 * data.frame["category"].nunique()
-        case Kind.MULTIPLE_CHOICE:
-            return 1.0
-
-
-def _headline_of_hits(task: Task, data: TaskData, hits: Sequence[float]) -> float:
-    """The official headline, computed anew from the scores of single rows."""
-    match task.kind:
-        case Kind.VQA:
-            return 100.0 * float(np.mean(hits))
-        case Kind.OCRBENCH:
-            return float(np.sum(hits))
-        case Kind.MULTIPLE_CHOICE:
-            return float(np.mean(hits))
-        case Kind.YES_NO_PAIRS:
-            rows = data.frame[["category", "image_path"]].assign(hit=list(hits))
-            single = rows.groupby("category")["hit"].mean()
-            pairs = rows.groupby(["category", "image_path"])["hit"].prod().groupby("category").mean()
-            return 100.0 * float((single + pairs).sum())
-
-
-def _check_sum(task: Task, official: float, from_hits: float) -> None:
-    if not math.isclose(official, from_hits, rel_tol=1e-6, abs_tol=1e-6):
-        raise ScoringError(
-            f"{task.name}: VLMEvalKit's score is {official}, its rows' scores give {from_hits}; "
-            "install the ms-vlmeval version that pyproject.toml names"
-        )
-
-
-def _context_accuracy(data: TaskData, hits: Sequence[float]) -> dict[str, float]:
-    """ScienceQA's context classes, which overlap (paper, Table 5): text, image, no context."""
-    has_text = [bool(str(row.get("hint", ""))) for row in data.rows()]
-    has_image = [bool(row["images"]) for row in data.rows()]
-    groups = {
-        "TXT": has_text,
-        "IMG": has_image,
-        "NO": [not (text or image) for text, image in zip(has_text, has_image, strict=True)],
-    }
-    chosen = {name: [hit for hit, keep in zip(hits, mask, strict=True) if keep] for name, mask in groups.items()}
-    return {name: float(np.mean(values)) for name, values in chosen.items() if values}

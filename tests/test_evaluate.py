@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import contextlib
+import io
 import logging
 import os
 import random
@@ -83,14 +85,15 @@ def isolated(home: Path) -> Iterator[list[str]]:
 
 
 @pytest.fixture(scope="module")
-def import_effects(isolated: list[str]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Process state before and after the import of vlmeval, also when another test file has imported it already."""
+def import_effects(isolated: list[str]) -> tuple[dict[str, Any], dict[str, Any], str]:
+    """Process state before and after the import of vlmeval, also when another file has imported it; what it printed."""
     for name in [name for name in sys.modules if name.partition(".")[0] == "vlmeval"]:
         del sys.modules[name]
     evaluate._vlmeval.cache_clear()
-    before = process_state()
-    evaluate._vlmeval("vlmeval.dataset")
-    return before, process_state()
+    before, printed = process_state(), io.StringIO()
+    with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
+        evaluate._vlmeval("vlmeval.dataset")
+    return before, process_state(), printed.getvalue()
 
 
 @pytest.fixture(scope="module")
@@ -114,11 +117,12 @@ def wrong(data: TaskData) -> dict[str, str]:
 
 
 def test_import_leaves_the_process_as_it_was(
-    import_effects: tuple[dict[str, Any], dict[str, Any]], home: Path, isolated: list[str]
+    import_effects: tuple[dict[str, Any], dict[str, Any], str], home: Path, isolated: list[str]
 ) -> None:
-    before, after = import_effects
+    before, after, printed = import_effects
     assert "vlmeval.config" in sys.modules
     assert after == before
+    assert printed == ""
     assert isolated == []
     assert not (home / "LMUData").exists()
     assert ssl._create_default_https_context is not ssl._create_unverified_context
