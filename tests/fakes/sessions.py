@@ -13,7 +13,7 @@ from mqbench.harness.quant.layout import Layout
 from mqbench.harness.quant.linear import wrap_linears
 from mqbench.harness.quant.method import StepMethod
 from mqbench.harness.quant.modality import ModalityContext
-from mqbench.harness.quant.scheme import Recipe
+from mqbench.harness.quant.scheme import Recipe, parse_bits
 from mqbench.harness.quant.session import Batch, QuantReport, Session
 
 
@@ -78,11 +78,11 @@ def add_fc2_means(model: nn.Module, mean: float) -> None:
 
 
 @torch.no_grad()
-def hard_model(seed: int = 0, fc2_mean: float = 0.5, gap: float = 6.0) -> nn.Module:
-    """An outlier model with large-mean fc2 rows and LLM MLP inputs that are ``gap`` times larger for visual tokens.
+def hard_model(seed: int, fc2_mean: float, gap: float) -> nn.Module:
+    """An outlier model with fc2 rows of mean +-``fc2_mean`` and LLM MLPs in which visual tokens are larger.
 
-    A channel that only visual tokens carry (constant in the projector's output, zero in the token embedding) makes
-    the up projection larger for them.
+    A channel that only visual tokens carry (constant in the projector's output, zero in the token embedding) is read
+    ``gap`` times as strongly by the up projection.
     """
     model = outlier_model(seed)
     add_fc2_means(model, fc2_mean)
@@ -106,6 +106,6 @@ def sqnr_db(method: StepMethod, bits: str, seed: int = 0, model: nn.Module | Non
     batches = [tiny_batch(model, num_images=2, batch_size=4, seed=100 + index) for index in range(4)]
     test = tiny_batch(model, num_images=2, batch_size=8, seed=seed)
     expected = logits(model, test)
-    method.quantize(model, tiny_layout(model), Recipe(method.name, bits, bits, seed, options), batches)
+    method.quantize(model, tiny_layout(model), Recipe(method.name, *parse_bits(bits), seed, options), batches)
     noise = logits(model, test) - expected
     return 20 * torch.log10(expected.norm() / noise.norm()).item()
