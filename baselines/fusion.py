@@ -33,14 +33,14 @@ def map_input(module: nn.Module, function: VectorMap, chunks: int = 1) -> None:
 
     With an orthogonal ``function`` T, the linear then answers to inputs T(x) as it did to x.
     """
-    weight = module.weight
-    rows = weight.detach().reshape(weight.shape[0] * chunks, -1)
+    weight = weight_of(module)
+    rows = weight.reshape(weight.shape[0] * chunks, -1)
     set_parameter(module, "weight", map_rows(rows, function).reshape(weight.shape[0], -1))
 
 
 def map_output(module: nn.Module, function: VectorMap) -> None:
     """Maps what a module writes: columns of an embedding, output channels and bias of a linear or convolution."""
-    weight = module.weight.detach()
+    weight = weight_of(module)
     if isinstance(module, nn.Embedding):
         set_parameter(module, "weight", map_rows(weight, function))
         return
@@ -49,6 +49,20 @@ def map_output(module: nn.Module, function: VectorMap) -> None:
     bias = getattr(module, "bias", None)
     if bias is not None:
         set_parameter(module, "bias", map_rows(bias[None], function)[0])
+
+
+def weight_of(module: nn.Module) -> Tensor:
+    """The weight of a linear, convolution or embedding, outside autograd.
+
+    Raises:
+        LayoutError: the module has none, so it neither reads nor writes a residual stream.
+    """
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, Tensor):
+        raise LayoutError(
+            f"a {type(module).__name__} has no weight to transform; name a linear, convolution or embedding"
+        )
+    return weight.detach()
 
 
 def set_parameter(module: nn.Module, name: str, value: Tensor) -> None:
@@ -65,10 +79,10 @@ def untie_head(session: Session) -> None:
     entries = [session.model.get_submodule(name) for name in text.entry]
     for reader in _modules(session, text.final_norm.readers):
         if any(getattr(entry, "weight", None) is reader.weight for entry in entries):
-            set_parameter(reader, "weight", reader.weight.detach().clone())
+            set_parameter(reader, "weight", weight_of(reader).clone())
     config = getattr(session.model, "config", None)
     for part in (config, getattr(config, "text_config", None)):
-        if getattr(part, "tie_word_embeddings", False):
+        if part is not None and getattr(part, "tie_word_embeddings", False):
             part.tie_word_embeddings = False  # or saving and loading would tie them again
 
 
@@ -138,13 +152,13 @@ def _reset_affine(module: nn.LayerNorm) -> None:
 
 def _add_to_bias(reader: nn.Module, shift: Tensor) -> None:
     """b <- b + W shift. Shapes: shift (in_features,) float64."""
-    weight = reader.weight
+    weight, old = weight_of(reader), getattr(reader, "bias", None)
     bias = torch.zeros(weight.shape[0], dtype=torch.float64, device=weight.device)
     for start in range(0, len(bias), ROWS_PER_BLOCK):
         rows = slice(start, start + ROWS_PER_BLOCK)
         bias[rows] = weight[rows].double() @ shift.to(weight.device)
-    if reader.bias is not None:
-        bias += reader.bias.double()
+    if old is not None:
+        bias += old.detach().double()
     set_parameter(reader, "bias", bias.to(weight.dtype))
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from mqbench.harness.quant.calibrate import attach_input_quantizers
 from mqbench.harness.quant.layout import Part
@@ -70,7 +71,7 @@ def text_linears(session: Session) -> list[str]:
 
 @contextmanager
 def _watching(session: Session, peaks: dict[str, Tensor]) -> Iterator[None]:
-    def watch(name: str) -> object:
+    def watch(name: str) -> RemovableHandle:
         def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
             seen = _peaks(session.linears[name].prepare_input(args[0])[0], session.context)
             peaks[name] = torch.maximum(peaks[name], seen) if name in peaks else seen
