@@ -1,0 +1,393 @@
+"""Synthetic examples of the five benchmarks: an image, the prompt that VLMEvalKit will build, and the answer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from random import Random
+
+from PIL import Image
+
+from mqbench.harness.models.standin import vocabulary as vocab
+from mqbench.harness.models.standin.render import (
+    COLORS,
+    HEIGHT_PX,
+    LANDMARKS,
+    SHAPES,
+    TEXTURES,
+    WHITE,
+    WIDTH_PX,
+    TextStyle,
+    canvas,
+    dark_color,
+    draw_landmark,
+    draw_shape,
+    draw_text,
+    draw_texture,
+    light_color,
+)
+
+# Words that are one piece of the tokenizer would not be read character by character.
+PLAIN_WORDS = tuple(word for word in vocab.COMMON_WORDS if word not in set(vocab.words()))
+FULL_BOX = (4, 4, WIDTH_PX - 4, HEIGHT_PX - 4)
+TOP_BOX = (4, 2, WIDTH_PX - 4, HEIGHT_PX // 2 - 2)
+BOTTOM_BOX = (4, HEIGHT_PX // 2 + 2, WIDTH_PX - 4, HEIGHT_PX - 2)
+
+
+@dataclass(frozen=True)
+class Example:
+    """One question.
+
+    Attributes:
+        image: The picture, or None for a text-only question.
+        question: The TSV's question column.
+        answer: What the model must say.
+        category: The benchmark's category, empty where it has none.
+        hint: ScienceQA's context.
+        options: ScienceQA's choices.
+        subject: ScienceQA's NAT, SOC or LAN.
+    """
+
+    image: Image.Image | None
+    question: str
+    answer: str
+    category: str = ""
+    hint: str = ""
+    options: tuple[str, ...] = ()
+    subject: str = ""
+    prompt: str = field(default="", compare=False)
+
+
+def vqa(image: Image.Image, question: str, answer: str, category: str = "") -> Example:
+    return Example(image, question, answer, category, prompt=question + vocab.VQA_SUFFIX)
+
+
+def random_string(rng: Random, alphabet: str = vocab.READABLE, low: int = 2, high: int = 5) -> str:
+    return "".join(rng.choice(alphabet) for _ in range(rng.randint(low, high)))
+
+
+def readable(rng: Random) -> str:
+    """A common word half of the time, else random characters."""
+    return rng.choice(PLAIN_WORDS) if rng.random() < 0.5 else random_string(rng)
+
+
+def _page(rng: Random, difficulty: float) -> Image.Image:
+    return canvas(light_color(rng, difficulty))
+
+
+def _style(rng: Random, difficulty: float, kind: str = "plain", size_px: int = 46) -> TextStyle:
+    return TextStyle(kind, size_px, dark_color(rng, difficulty))
+
+
+# --- reading ---
+
+
+def read_one(
+    rng: Random, difficulty: float, text: str, kind: str = "plain", question: str = "read", category: str = ""
+) -> Example:
+    image = _page(rng, difficulty)
+    draw_text(image, text, FULL_BOX, _style(rng, difficulty, kind), rng, difficulty)
+    return vqa(image, vocab.QUESTIONS[question], text, category)
+
+
+def read_line(rng: Random, difficulty: float) -> Example:
+    """Two lines of text; one of them is asked for by position."""
+    image = _page(rng, difficulty)
+    lines = {"top": readable(rng), "bottom": readable(rng)}
+    for place, box in (("top", TOP_BOX), ("bottom", BOTTOM_BOX)):
+        draw_text(image, lines[place], box, _style(rng, difficulty, size_px=42), rng, difficulty)
+    place = rng.choice(("top", "bottom"))
+    return vqa(image, vocab.QUESTIONS[place], lines[place])
+
+
+def read_sign(rng: Random, difficulty: float, category: str = "") -> Example:
+    """Two coloured signs; one of them is asked for by colour."""
+    image = _page(rng, difficulty)
+    colors = rng.sample(sorted(COLORS), 2)
+    texts = [readable(rng), readable(rng)]
+    for color, text, box in zip(colors, texts, (TOP_BOX, BOTTOM_BOX), strict=True):
+        image.paste(COLORS[color], (box[0] + 4, box[1] + 1, box[2] - 4, box[3] - 1))
+        inner = (box[0] + 12, box[1] + 4, box[2] - 12, box[3] - 4)
+        draw_text(image, text, inner, TextStyle("plain", 42, WHITE), rng, difficulty)
+    pick = rng.randrange(2)
+    return vqa(image, vocab.QUESTIONS["sign"].format(color=colors[pick]), texts[pick], category)
+
+
+def read_field(rng: Random, difficulty: float, question: str = "field", category: str = "") -> Example:
+    """A form of two "key:value" lines; the value of one key is asked for."""
+    image = _page(rng, difficulty)
+    keys = rng.sample(vocab.DOCUMENT_KEYS, 2)
+    values = [
+        random_string(rng, vocab.DIGITS, 3, 4) if rng.random() < 0.5 else random_string(rng, low=3, high=4)
+        for _ in keys
+    ]
+    for key, value, box in zip(keys, values, (TOP_BOX, BOTTOM_BOX), strict=True):
+        draw_text(image, f"{key}:{value}", box, _style(rng, difficulty, size_px=36), rng, difficulty)
+    pick = rng.randrange(2)
+    return vqa(image, vocab.QUESTIONS[question].format(key=keys[pick]), values[pick], category)
+
+
+def first_reading(rng: Random, difficulty: float) -> Example:
+    """The curriculum's first lesson: random characters, alone on the page."""
+    return read_one(rng, difficulty, random_string(rng))
+
+
+def textvqa(rng: Random, difficulty: float) -> Example:
+    maker = rng.choice((read_line, read_sign, lambda r, d: read_one(r, d, readable(r))))
+    return maker(rng, difficulty)
+
+
+def docvqa(rng: Random, difficulty: float) -> Example:
+    return read_field(rng, difficulty)
+
+
+def _formula(rng: Random, difficulty: float) -> Example:
+    text = f"{rng.randint(2, 9)}{rng.choice('xyz')}{rng.choice('+-')}{rng.randint(1, 9)}"
+    return read_one(rng, difficulty, text, "handwritten", "formula")
+
+
+OCRBENCH: dict[str, Callable[[Random, float], Example]] = {
+    "Regular Text Recognition": lambda r, d: read_one(r, d, r.choice(PLAIN_WORDS)),
+    "Irregular Text Recognition": lambda r, d: read_one(r, d, r.choice(PLAIN_WORDS), "irregular"),
+    "Artistic Text Recognition": lambda r, d: read_one(r, d, r.choice(PLAIN_WORDS), "artistic"),
+    "Handwriting Recognition": lambda r, d: read_one(r, d, r.choice(PLAIN_WORDS), "handwritten"),
+    "Digit String Recognition": lambda r, d: read_one(r, d, random_string(r, vocab.DIGITS), question="number"),
+    "Non-Semantic Text Recognition": lambda r, d: read_one(r, d, random_string(r)),
+    "Scene Text-centric VQA": read_sign,
+    "Doc-oriented VQA": read_field,
+    "Key Information Extraction": lambda r, d: read_field(r, d, "kie"),
+    "Handwritten Mathematical Expression Recognition": _formula,
+}
+
+
+def ocrbench(rng: Random, difficulty: float, category: str | None = None) -> Example:
+    category = category or rng.choice(sorted(OCRBENCH))
+    made = OCRBENCH[category](rng, difficulty)
+    return Example(made.image, made.question, made.answer, category, prompt=made.prompt)
+
+
+# --- MME: a picture with a true and a false statement, and an open question for training ---
+
+
+@dataclass(frozen=True)
+class Scene:
+    """A picture with what is true of it, what is false, and a generative question that teaches the same skill."""
+
+    image: Image.Image
+    true: dict[str, str]
+    false: dict[str, str]
+    open_question: str
+    open_answer: str
+
+
+def _color_value(rng: Random, name: str, difficulty: float) -> tuple[int, int, int]:
+    spread = round(20 * difficulty)
+    red, green, blue = (max(0, min(255, channel + rng.randint(-spread, spread))) for channel in COLORS[name])
+    return (red, green, blue)
+
+
+def _one_shape(rng: Random, difficulty: float) -> tuple[Image.Image, str, str]:
+    image, shape, color = _page(rng, 0.4 * difficulty), rng.choice(SHAPES), rng.choice(sorted(COLORS))
+    radius = rng.uniform(26 - 6 * difficulty, 28 + 8 * difficulty)
+    x = WIDTH_PX / 2 + difficulty * rng.uniform(-40, 40)
+    y = HEIGHT_PX / 2 + difficulty * rng.uniform(-15, 15)
+    draw_shape(image, shape, (x, y), radius, _color_value(rng, color, difficulty))
+    return image, shape, color
+
+
+def _other(rng: Random, pool: Sequence[str], taken: str) -> str:
+    return rng.choice([name for name in pool if name != taken])
+
+
+def _existence(rng: Random, difficulty: float) -> Scene:
+    image, shape, _ = _one_shape(rng, difficulty)
+    return Scene(image, {"shape": shape}, {"shape": _other(rng, SHAPES, shape)}, vocab.QUESTIONS["what_shape"], shape)
+
+
+def _color(rng: Random, difficulty: float) -> Scene:
+    image, shape, color = _one_shape(rng, difficulty)
+    wrong = {"shape": shape, "color": _other(rng, sorted(COLORS), color)}
+    question = vocab.QUESTIONS["what_color"].format(shape=shape)
+    return Scene(image, {"shape": shape, "color": color}, wrong, question, color)
+
+
+def _count(rng: Random, difficulty: float) -> Scene:
+    image, count = _page(rng, 0.4 * difficulty), rng.randint(1, 4)
+    for column in rng.sample(range(4), count):
+        center = (21 + 42 * column, HEIGHT_PX / 2 + difficulty * rng.uniform(-25, 25))
+        draw_shape(image, rng.choice(SHAPES), center, 15, _color_value(rng, rng.choice(sorted(COLORS)), difficulty))
+    right = vocab.NUMBER_WORDS[count - 1]
+    return Scene(
+        image, {"number": right}, {"number": _other(rng, vocab.NUMBER_WORDS, right)}, vocab.QUESTIONS["how_many"], right
+    )
+
+
+def _two_shapes(rng: Random, difficulty: float, radii: tuple[float, float]) -> tuple[Image.Image, str, str]:
+    """Two different shapes, the first in the upper half."""
+    image = _page(rng, 0.4 * difficulty)
+    first, second = rng.sample(SHAPES, 2)
+    for shape, y, radius in ((first, 28, radii[0]), (second, 84, radii[1])):
+        center = (WIDTH_PX / 2 + difficulty * rng.uniform(-45, 45), y)
+        draw_shape(image, shape, center, radius, _color_value(rng, rng.choice(sorted(COLORS)), difficulty))
+    return image, first, second
+
+
+def _position(rng: Random, difficulty: float) -> Scene:
+    image, upper, lower = _two_shapes(rng, difficulty, (22, 22))
+    a, b, relation = (upper, lower, "above") if rng.random() < 0.5 else (lower, upper, "below")
+    wrong = {"a": a, "b": b, "relation": _other(rng, vocab.RELATION_WORDS, relation)}
+    return Scene(image, {"a": a, "b": b, "relation": relation}, wrong, vocab.QUESTIONS["top"], upper)
+
+
+def _larger(rng: Random, difficulty: float) -> Scene:
+    radii = (25.0, 11.0) if rng.random() < 0.5 else (11.0, 25.0)
+    image, upper, lower = _two_shapes(rng, difficulty, radii)
+    big, small = (upper, lower) if radii[0] > radii[1] else (lower, upper)
+    return Scene(image, {"a": big, "b": small}, {"a": small, "b": big}, vocab.QUESTIONS["top"], upper)
+
+
+def _texture(rng: Random, difficulty: float) -> Scene:
+    image, texture = _page(rng, 0.4 * difficulty), rng.choice(TEXTURES)
+    draw_texture(image, texture, _color_value(rng, rng.choice(sorted(COLORS)), difficulty), rng)
+    wrong = {"texture": _other(rng, TEXTURES, texture)}
+    return Scene(image, {"texture": texture}, wrong, vocab.QUESTIONS["what_texture"], texture)
+
+
+def _landmark(rng: Random, difficulty: float) -> Scene:
+    image, landmark = _page(rng, 0.4 * difficulty), rng.choice(LANDMARKS)
+    draw_landmark(image, landmark, dark_color(rng, difficulty), rng)
+    wrong = {"landmark": _other(rng, LANDMARKS, landmark)}
+    return Scene(image, {"landmark": landmark}, wrong, vocab.QUESTIONS["what_building"], landmark)
+
+
+def _artwork(rng: Random, difficulty: float) -> Scene:
+    image, shape = _page(rng, 0.4 * difficulty), rng.choice(SHAPES)
+    color = _color_value(rng, rng.choice(sorted(COLORS)), difficulty)
+    for column in range(4):
+        for row in range(2):
+            draw_shape(image, shape, (21 + 42 * column, 28 + 56 * row), 15, color)
+    return Scene(image, {"shape": shape}, {"shape": _other(rng, SHAPES, shape)}, vocab.QUESTIONS["what_shape"], shape)
+
+
+def _named_text(rng: Random, difficulty: float, kind: str) -> Scene:
+    text = readable(rng)
+    wrong = text
+    while wrong == text:
+        wrong = readable(rng)
+    made = read_one(rng, difficulty, text, kind)
+    assert made.image is not None
+    return Scene(made.image, {"text": text}, {"text": wrong}, made.question, text)
+
+
+def _arithmetic(rng: Random, difficulty: float, code: bool) -> Scene:
+    a, b = rng.randint(1, 4), rng.randint(1, 4)
+    text, result = (f"p({a}+{b})", a + b) if code else (f"{a}+{b}=", a + b)
+    image = _page(rng, difficulty)
+    draw_text(image, text, FULL_BOX, _style(rng, difficulty), rng, difficulty)
+    wrong = rng.choice([number for number in range(2, 9) if number != result])
+    return Scene(image, {"number": str(result)}, {"number": str(wrong)}, vocab.QUESTIONS["what_result"], str(result))
+
+
+def _translation(rng: Random, difficulty: float) -> Scene:
+    word = rng.choice(sorted(vocab.FOREIGN_WORDS))
+    meaning = vocab.FOREIGN_WORDS[word]
+    image = _page(rng, difficulty)
+    draw_text(image, word, FULL_BOX, _style(rng, difficulty), rng, difficulty)
+    wrong = {"meaning": _other(rng, sorted(vocab.FOREIGN_WORDS.values()), meaning)}
+    return Scene(image, {"meaning": meaning}, wrong, vocab.QUESTIONS["what_meaning"], meaning)
+
+
+MME: dict[str, Callable[[Random, float], Scene]] = {
+    "existence": _existence,
+    "count": _count,
+    "position": _position,
+    "color": _color,
+    "posters": lambda r, d: _named_text(r, d, "artistic"),
+    "celebrity": lambda r, d: _named_text(r, d, "handwritten"),
+    "scene": _texture,
+    "landmark": _landmark,
+    "artwork": _artwork,
+    "OCR": lambda r, d: _named_text(r, d, "plain"),
+    "commonsense_reasoning": _larger,
+    "numerical_calculation": lambda r, d: _arithmetic(r, d, code=False),
+    "text_translation": _translation,
+    "code_reasoning": lambda r, d: _arithmetic(r, d, code=True),
+}
+
+
+def mme_pair(rng: Random, difficulty: float, category: str) -> tuple[Example, Example]:
+    """The two questions on one picture: the answer is Yes to the first and No to the second."""
+    scene = MME[category](rng, difficulty)
+    template = vocab.YES_NO_QUESTIONS[category]
+    pair = []
+    for facts, answer in ((scene.true, "Yes"), (scene.false, "No")):
+        question = template.format(**facts) + vocab.YES_NO_SUFFIX
+        pair.append(Example(scene.image, question, answer, category, prompt=question))
+    return pair[0], pair[1]
+
+
+def mme(rng: Random, difficulty: float) -> Example:
+    return rng.choice(mme_pair(rng, difficulty, rng.choice(sorted(MME))))
+
+
+def open_question(rng: Random, difficulty: float) -> Example:
+    """The generative twin of an MME question: training only."""
+    scene = MME[rng.choice(sorted(MME))](rng, difficulty)
+    return vqa(scene.image, scene.open_question, scene.open_answer)
+
+
+# --- ScienceQA ---
+
+SUBJECTS = {"NAT": "natural science", "SOC": "social science", "LAN": "language science"}
+CONTEXTS = ("IMG", "TXT", "NO")
+
+
+def _choice(
+    rng: Random,
+    image: Image.Image | None,
+    question: str,
+    right: str,
+    wrong: Sequence[str],
+    subject: str,
+    hint: str = "",
+) -> Example:
+    options = [right, *rng.sample([word for word in wrong if word != right], rng.randint(1, 3))]
+    rng.shuffle(options)
+    frame = f"Hint: {hint}\nQuestion: {question}" if hint else f"Question: {question}"
+    listed = "".join(f"\n{letter}. {option}" for letter, option in zip("ABCD", options, strict=False))
+    prompt = f"{frame}\nOptions:{listed}{vocab.MCQ_SUFFIX}"
+    answer = "ABCD"[options.index(right)]
+    return Example(image, question, answer, SUBJECTS[subject], hint, tuple(options), subject, prompt)
+
+
+def _fact(rng: Random, subject: str) -> Example:
+    kinds = vocab.CATEGORIES[SUBJECTS[subject]]
+    kind = rng.choice(sorted(kinds))
+    wrong = [member for other, members in kinds.items() if other != kind for member in members]
+    return _choice(rng, None, vocab.FACT_QUESTION.format(category=kind), rng.choice(kinds[kind]), wrong, subject)
+
+
+def _relation(rng: Random, subject: str) -> Example:
+    statement, question = vocab.RELATIONS[SUBJECTS[subject]]
+    pool = sorted({member for members in vocab.CATEGORIES[SUBJECTS[subject]].values() for member in members})
+    a, b, c, d = rng.sample(pool, 4)
+    statements = [statement.format(a=a, b=b), statement.format(a=c, b=d)]
+    rng.shuffle(statements)
+    return _choice(rng, None, question.format(a=a), b, [d, *rng.sample(pool, 6)], subject, "\n".join(statements))
+
+
+def _figure(rng: Random, difficulty: float, subject: str) -> Example:
+    question, pool = vocab.FIGURE_QUESTIONS[SUBJECTS[subject]]
+    if subject == "SOC":
+        scene = _landmark(rng, difficulty)
+        return _choice(rng, scene.image, question, scene.open_answer, pool, subject)
+    image, shape, color = _one_shape(rng, difficulty)
+    return _choice(rng, image, question, color if subject == "NAT" else shape, pool, subject)
+
+
+def scienceqa(rng: Random, difficulty: float, subject: str | None = None, context: str | None = None) -> Example:
+    subject = subject or rng.choice(sorted(SUBJECTS))
+    context = context or rng.choice(CONTEXTS)
+    if context == "IMG":
+        return _figure(rng, difficulty, subject)
+    return _relation(rng, subject) if context == "TXT" else _fact(rng, subject)

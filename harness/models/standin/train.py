@@ -1,0 +1,280 @@
+"""Trains the stand-in from nothing: seeded, resumable, on a CPU core or a GPU.
+
+Every step's examples come from a generator seeded with (seed, step), so a resumed run sees what an uninterrupted one
+sees.
+"""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from random import Random
+
+import numpy as np
+import torch
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from transformers import Qwen2VLForConditionalGeneration
+
+from mqbench.harness.models.standin import tasks
+from mqbench.harness.models.standin.architecture import build_config, build_model
+from mqbench.harness.models.standin.objective import (
+    NUM_VISUAL_TOKENS,
+    TrainBatch,
+    logits_and_activations,
+    patchify,
+    training_loss,
+)
+from mqbench.harness.models.standin.tasks import Example
+from mqbench.harness.models.standin.tokenizer import build_tokenizer, render_prompt
+
+MAX_DIFFICULTY = 0.6
+MIXTURE: tuple[tuple[Callable[[Random, float], Example], float], ...] = (
+    (tasks.textvqa, 0.28),
+    (tasks.docvqa, 0.20),
+    (tasks.ocrbench, 0.14),
+    (tasks.mme, 0.14),
+    (tasks.open_question, 0.12),
+    (lambda rng, difficulty: tasks.scienceqa(rng, difficulty, context="IMG"), 0.12),
+)
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """Everything that decides the trained weights; the ingredients of hardness are switches.
+
+    Attributes:
+        steps: Optimizer steps.
+        batch_size: Image examples per step; a text-only step takes twice as many.
+        text_only_every: Each n-th step holds text-only questions.
+        learning_rate: Peak, behind a linear warm-up, before a cosine decay.
+        curriculum: (first, last) step of the widening from one font in fixed cells to full variety.
+        blend: (first, last) step of the change from the first reading lesson to the full mixture of tasks.
+        fc2_mean: Ingredient "large fc2 mean", in standard deviations; 0 leaves it out.
+        penalty_weight: Ingredient "modality-specialised MLP channels"; 0 leaves it out.
+        bfloat16: Autocast matrix products to bfloat16 (weights and optimizer stay in float32).
+    """
+
+    seed: int = 0
+    steps: int = 7500
+    batch_size: int = 48
+    text_only_every: int = 6
+    learning_rate: float = 1.5e-3
+    warmup_steps: int = 200
+    curriculum: tuple[int, int] = (400, 2600)
+    blend: tuple[int, int] = (300, 1300)
+    weight_decay: float = 0.02
+    clip_norm: float = 1.0
+    fc2_mean: float = 0.3
+    penalty_weight: float = 0.3
+    bfloat16: bool = True
+
+    def learning_rate_at(self, step: int) -> float:
+        if step < self.warmup_steps:
+            return self.learning_rate * (step + 1) / self.warmup_steps
+        done = (step - self.warmup_steps) / max(1, self.steps - self.warmup_steps)
+        return self.learning_rate * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+
+    def difficulty_at(self, step: int) -> float:
+        return MAX_DIFFICULTY * _ramp(step, self.curriculum)
+
+
+@dataclass
+class CurvePoint:
+    """One row of the loss curve."""
+
+    step: int
+    cross_entropy: float
+    penalty: float
+    exact_match_percent: float | None = None
+
+
+def collate(examples: Sequence[Example], tokenizer, device: str = "cpu") -> TrainBatch:
+    """Examples that all have an image, or all have none, as one right-padded batch."""
+    rows, labels = [], []
+    for example in examples:
+        prompt = tokenizer(render_prompt(example.prompt, NUM_VISUAL_TOKENS if example.image else 0))["input_ids"]
+        answer = tokenizer(f"{example.answer}<|im_end|>")["input_ids"]
+        rows.append(prompt + answer)
+        labels.append([-100] * len(prompt) + answer)
+    length = max(map(len, rows))
+    input_ids = torch.tensor([row + [tokenizer.pad_token_id] * (length - len(row)) for row in rows])
+    targets = torch.tensor([row + [-100] * (length - len(row)) for row in labels])
+    images = [np.asarray(example.image) for example in examples if example.image is not None]
+    patches = patchify(torch.from_numpy(np.stack(images))).to(device) if images else None
+    return TrainBatch(patches, input_ids.to(device), targets.to(device))
+
+
+def make_examples(settings: TrainSettings, step: int) -> list[Example]:
+    """The examples of one training step."""
+    rng = Random(f"train-{settings.seed}-{step}")
+    difficulty = settings.difficulty_at(step)
+    if step % settings.text_only_every == settings.text_only_every - 1:
+        contexts = ("TXT", "NO")
+        return [tasks.scienceqa(rng, difficulty, context=rng.choice(contexts)) for _ in range(2 * settings.batch_size)]
+    makers, weights = zip(*MIXTURE, strict=True)
+    share = _ramp(step, settings.blend)
+    chosen = [
+        tasks.first_reading if rng.random() >= share else rng.choices(makers, weights)[0]
+        for _ in range(settings.batch_size)
+    ]
+    return [maker(rng, difficulty) for maker in chosen]
+
+
+@torch.no_grad()
+def exact_match(
+    model: Qwen2VLForConditionalGeneration, tokenizer, examples: Sequence[Example], device: str
+) -> list[bool]:
+    """Greedy exact match per example: every answer token is the argmax behind the right ones before it."""
+    batch = collate(examples, tokenizer, device)
+    predicted = logits_and_activations(model, batch)[0][:, :-1].argmax(-1)
+    wanted = batch.labels[:, 1:]
+    return ((predicted == wanted) | (wanted == -100)).all(1).tolist()
+
+
+def validation_examples(count: int) -> dict[str, list[Example]]:
+    """Held-out examples by kind, at full difficulty."""
+    rng = Random("validation")
+    made = {
+        "textvqa": [tasks.textvqa(rng, MAX_DIFFICULTY) for _ in range(count)],
+        "docvqa": [tasks.docvqa(rng, MAX_DIFFICULTY) for _ in range(count)],
+        "ocrbench": [tasks.ocrbench(rng, MAX_DIFFICULTY) for _ in range(count)],
+        "mme": [tasks.mme(rng, MAX_DIFFICULTY) for _ in range(count)],
+    }
+    for context in tasks.CONTEXTS:
+        made[f"scienceqa-{context}"] = [tasks.scienceqa(rng, MAX_DIFFICULTY, context=context) for _ in range(count)]
+    return made
+
+
+class Trainer:
+    """A training run in a folder: ``checkpoint.pt``, ``loss.csv``, and the model at the end."""
+
+    def __init__(self, settings: TrainSettings, directory: Path, device: str = "cpu") -> None:
+        self.settings, self.directory, self.device = settings, directory, device
+        directory.mkdir(parents=True, exist_ok=True)
+        self.tokenizer = build_tokenizer()
+        self.model = build_model(build_config(self.tokenizer), settings.seed, settings.fc2_mean).to(device)
+        decayed = [p for p in self.model.parameters() if p.ndim > 1]
+        plain = [p for p in self.model.parameters() if p.ndim <= 1]
+        groups = [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+        self.optimizer = torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(0.9, 0.98), fused=True)
+        self.step = 0
+        self.curve: list[CurvePoint] = []
+        self.text_channels = self.model.config.text_config.intermediate_size // 3
+
+    @property
+    def checkpoint_path(self) -> Path:
+        return self.directory / "checkpoint.pt"
+
+    def resume(self) -> bool:
+        """Loads the last checkpoint of the same settings; False when there is none."""
+        if not self.checkpoint_path.exists():
+            return False
+        saved = torch.load(self.checkpoint_path, map_location=self.device, weights_only=True)
+        if saved["settings"] != _plain(self.settings):
+            raise ValueError(f"{self.checkpoint_path} was trained with other settings; choose another --out")
+        self.model.load_state_dict(saved["model"])
+        self.optimizer.load_state_dict(saved["optimizer"])
+        self.step = saved["step"]
+        self.curve = [CurvePoint(**row) for row in saved["curve"]]
+        return True
+
+    def save(self) -> None:
+        """Writes the checkpoint and the loss curve, each by an atomic rename."""
+        state = {
+            "settings": _plain(self.settings),
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "step": self.step,
+            "curve": [asdict(row) for row in self.curve],
+        }
+        partial = self.checkpoint_path.with_suffix(".partial")
+        torch.save(state, partial)
+        partial.replace(self.checkpoint_path)
+        with (self.directory / "loss.csv").open("w", newline="") as file:
+            writer = csv.DictWriter(file, ["step", "cross_entropy", "penalty", "exact_match_percent"])
+            writer.writeheader()
+            writer.writerows(asdict(row) for row in self.curve)
+
+    def train_step(self) -> tuple[float, float]:
+        """One optimizer step; returns (cross entropy, penalty)."""
+        settings = self.settings
+        batch = collate(make_examples(settings, self.step), self.tokenizer, self.device)
+        for group in self.optimizer.param_groups:
+            group["lr"] = settings.learning_rate_at(self.step)
+        with torch.autocast(torch.device(self.device).type, torch.bfloat16, enabled=settings.bfloat16):
+            loss, entropy, penalty = training_loss(self.model, batch, settings.penalty_weight, self.text_channels)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), settings.clip_norm)
+        self.optimizer.step()
+        self.step += 1
+        return float(entropy), float(penalty)
+
+    def validate(self, count: int = 100) -> dict[str, float]:
+        """Percent of held-out examples that are right, by kind."""
+        scores = {}
+        for kind, examples in validation_examples(count).items():
+            hits = exact_match(self.model, self.tokenizer, examples, self.device)
+            scores[kind] = 100 * sum(hits) / len(hits)
+        return scores
+
+    def run(
+        self, validate_every: int = 500, save_every: int = 250, log_every: int = 50
+    ) -> Iterator[tuple[int, dict[str, float]]]:
+        """Trains to the end; yields (step, validation scores) after each step, the scores empty but now and then."""
+        entropies: list[float] = []
+        penalties: list[float] = []
+        while self.step < self.settings.steps:
+            text_only = self.step % self.settings.text_only_every == self.settings.text_only_every - 1
+            entropy, penalty = self.train_step()
+            if not text_only:
+                entropies.append(entropy)
+                penalties.append(penalty)
+            last = self.step == self.settings.steps
+            scores: dict[str, float] = {}
+            if self.step % log_every == 0 or last:
+                self.curve.append(CurvePoint(self.step, _mean(entropies), _mean(penalties)))
+                entropies, penalties = [], []
+            if self.step % validate_every == 0 or last:
+                scores = self.validate()
+                self.curve[-1] = replace(self.curve[-1], exact_match_percent=_mean(list(scores.values())))
+            if self.step % save_every == 0 or last:
+                self.save()
+            yield self.step, scores
+
+
+def train(settings: TrainSettings, directory: Path, device: str = "cpu") -> Trainer:
+    """Trains or resumes with a progress bar.
+
+    Raises:
+        ValueError: ``directory`` holds a run with other settings.
+    """
+    trainer = Trainer(settings, directory, device)
+    trainer.resume()
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns) as progress:
+        bar = progress.add_task("training", total=settings.steps, completed=trainer.step)
+        for step, scores in trainer.run():
+            progress.update(bar, completed=step)
+            if not scores:
+                continue
+            shown = "  ".join(f"{kind} {score:.1f}" for kind, score in scores.items())
+            progress.console.print(f"step {step}: cross entropy {trainer.curve[-1].cross_entropy:.3f}  {shown}")
+    return trainer
+
+
+def _ramp(step: int, span: tuple[int, int]) -> float:
+    """0 before ``span``, 1 behind it, linear between."""
+    first, last = span
+    return min(1.0, max(0.0, (step - first) / (last - first)))
+
+
+def _plain(settings: TrainSettings) -> dict:
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(settings).items()}
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else math.nan
