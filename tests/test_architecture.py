@@ -15,8 +15,8 @@ from fakes.repository import ROOT, code_files, mapped_folders, pyproject, tracke
 
 MODULES = code_files()
 
-# Who may import whom, by import prefix; harness.quant is a layer of its own inside harness and knows of models no more than
-# the types of their protocol.
+# Who may import whom, by import prefix; harness.quant is a layer of its own inside harness and knows of models no more
+# than the types of their protocol.
 ALLOWED = {
     "mqbench.kernels": {"mqbench.kernels"},
     "mqbench.harness.quant": {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -10,6 +11,7 @@ import sysconfig
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,7 +22,7 @@ BUILD = "import setuptools.build_meta as backend, sys; print(backend.build_wheel
 
 def run_python(code: str, *, cwd: Path, path: list[Path], flags: tuple[str, ...] = ()) -> str:
     """The standard output of ``python -c code`` with exactly these folders on PYTHONPATH."""
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, path)), "PYTHONDONTWRITEBYTECODE": "1"}
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, path))}
     done = subprocess.run(
         [sys.executable, *flags, "-c", code], cwd=cwd, env=environment, capture_output=True, text=True, check=False
     )
@@ -82,10 +84,33 @@ def unpacked(wheel: zipfile.ZipFile, tmp_path_factory: pytest.TempPathFactory) -
     return folder
 
 
-def run_installed(code: str, unpacked: Path) -> str:
-    """Runs code against the unpacked wheel; ``-S`` keeps the editable installation's finder from being set up."""
+# What a user of the wheel alone can do, in one process because importing torch takes seconds.
+USE_WHEEL = """
+import json, sys
+from importlib.metadata import distribution
+import mqbench.harness.table as table
+import mqbench.kernels.hadamard
+
+points = {f"{point.group}:{point.name}": point.load() for point in distribution("mqbench").entry_points}
+modules = {name: module.__file__ for name, module in sys.modules.items() if name.startswith("mqbench.")}
+spec = table.load_spec(3)
+paper = sorted(model for model, _, _ in table.paper_figures(spec))
+files = {name: path for name, path in modules.items() if path}
+print(json.dumps({"points": sorted(points), "files": files, "title": spec.title, "paper": paper}))
+points["console_scripts:mqbench"](["methods"])
+"""
+
+
+@pytest.fixture(scope="module")
+def use(unpacked: Path) -> tuple[dict[str, Any], str]:
+    """What ``USE_WHEEL`` found and what ``mqbench methods`` printed, without the editable installation's finder.
+
+    ``-S`` keeps the finder from being set up; the dependencies' folder is then named by hand.
+    """
     dependencies = {Path(sysconfig.get_path(key)) for key in ("purelib", "platlib")}
-    return run_python(code, cwd=unpacked, path=[unpacked, *sorted(dependencies)], flags=("-S",))
+    printed = run_python(USE_WHEEL, cwd=unpacked, path=[unpacked, *sorted(dependencies)], flags=("-S",))
+    found, _, listed = printed.partition("\n")
+    return json.loads(found), listed
 
 
 def test_wheel_holds_every_module(wheel: zipfile.ZipFile) -> None:
@@ -120,34 +145,27 @@ def test_wheel_puts_nothing_beside_mqbench(wheel: zipfile.ZipFile) -> None:
     assert {name.split("/")[0].split("-")[0] for name in wheel.namelist()} == {"mqbench"}
 
 
-def test_wheel_imports_from_itself(unpacked: Path) -> None:
-    code = (
-        "import mqbench.kernels.hadamard as a, mqbench.harness.quant.session as b, mqbench.baselines.rtn as c, "
-        "mqbench.mquant.mquant as d; print(*(m.__file__ for m in (a, b, c, d)), sep='\\n')"
-    )
-    files = [Path(line) for line in run_installed(code, unpacked).splitlines()]
-    assert len(files) == 4
-    assert all(file.is_relative_to(unpacked) for file in files)
+def test_wheel_imports_from_itself(use: tuple[dict[str, Any], str], unpacked: Path) -> None:
+    files, used = use[0]["files"], ("kernels.hadamard", "harness.cli", "baselines.rtn", "mquant.mquant")
+    assert {f"mqbench.{name}" for name in used} <= set(files)
+    assert not [file for file in files.values() if not Path(file).is_relative_to(unpacked)]
 
 
-def test_wheel_entry_points_resolve(unpacked: Path) -> None:
-    code = (
-        "from importlib.metadata import distribution; "
-        "points = [p for p in distribution('mqbench').entry_points]; [p.load() for p in points]; "
-        "print(*sorted(f'{p.group}:{p.name}' for p in points), sep='\\n')"
-    )
+def test_wheel_entry_points_resolve(use: tuple[dict[str, Any], str]) -> None:
     project = pyproject()["project"]
     declared = {f"console_scripts:{name}" for name in project["scripts"]}
     declared |= {f"{group}:{name}" for group, points in project["entry-points"].items() for name in points}
-    assert set(run_installed(code, unpacked).splitlines()) == declared
+    assert set(use[0]["points"]) == declared
 
 
-def test_wheel_command_lists_methods(unpacked: Path) -> None:
-    """The command line works from the wheel alone: names come from its own entry points and data."""
-    code = "import sys; sys.argv = ['mqbench', 'methods']; from mqbench.harness.cli import main; main()"
-    listed = run_installed(code, unpacked)
+def test_wheel_finds_specs_and_paper_figures(use: tuple[dict[str, Any], str]) -> None:
+    assert use[0]["title"]
+    assert "qwen2-vl-7b" in use[0]["paper"]
+
+
+def test_wheel_command_lists_methods(use: tuple[dict[str, Any], str]) -> None:
     for method in pyproject()["project"]["entry-points"]["mqbench.methods"]:
-        assert method in listed
+        assert method in use[1]
 
 
 def test_editable_installation_reads_the_working_tree() -> None:

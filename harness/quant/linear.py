@@ -31,6 +31,10 @@ class QuantLinear(nn.Module):
         weight_args: Grid of the rounded weight, or None while the weight is in floating point.
     """
 
+    x0_weight: Tensor | None
+    weight_scale: Tensor | None
+    weight_zero_point: Tensor | None
+
     def __init__(self, weight: Tensor, bias: Tensor | None, *, name: str, flatten: bool = False) -> None:
         super().__init__()
         self.name = name
@@ -89,7 +93,7 @@ class QuantLinear(nn.Module):
         if self.input_quantizer is not None:
             x = self.input_quantizer(x)
         y = F.linear(x, self.weight, self.bias)
-        return y if x0 is None else y + x0 * self.x0_weight
+        return y if x0 is None or self.x0_weight is None else y + x0 * self.x0_weight
 
     def extra_repr(self) -> str:
         bits = "float" if self.weight_num_bits is None else f"W{self.weight_num_bits}"
@@ -112,5 +116,5 @@ def _takes_one_patch(module: nn.Conv2d | nn.Conv3d) -> bool:
     return module.stride == module.kernel_size and module.groups == 1 and not padded and set(module.dilation) == {1}
 
 
-def _detached(parameter: nn.Parameter | None) -> Tensor | None:
+def _detached(parameter: Tensor | None) -> Tensor | None:
     return None if parameter is None else parameter.detach()
