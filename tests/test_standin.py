@@ -216,13 +216,13 @@ def read(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file, delimiter="\t"))
 
 
-@pytest.mark.parametrize("benchmark", BENCHMARKS, ids=lambda benchmark: benchmark.name)
-def test_benchmarks_are_complete_and_apart_from_calibration(written: Path, benchmark):
+@pytest.mark.parametrize("entry", BENCHMARKS, ids=lambda entry: entry.name)
+def test_benchmarks_are_complete_and_apart_from_calibration(written: Path, entry):
     contents = {}
     for split in (".", "calibration"):
-        folder = written / split / benchmark.name
-        rows = read(folder / f"{benchmark.name}.tsv")
-        assert len({row["index"] for row in rows}) == len(rows) == (benchmark.num_items if split == "." else 256)
+        folder = written / split / entry.name
+        rows = read(folder / f"{entry.name}.tsv")
+        assert len({row["index"] for row in rows}) == len(rows) == (entry.num_items if split == "." else 256)
         pictures = [row["image_path"] for row in rows if row["image_path"] != NO_IMAGE]
         contents[split] = {(folder / path).read_bytes() for path in pictures}
     assert not contents["."] & contents["calibration"]

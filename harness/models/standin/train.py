@@ -30,7 +30,7 @@ from mqbench.harness.models.standin.objective import (
 from mqbench.harness.models.standin.tasks import Example
 from mqbench.harness.models.standin.tokenizer import build_tokenizer, render_prompt
 
-MAX_DIFFICULTY = 0.6
+MAX_DIFFICULTY = 0.4
 MIXTURE: tuple[tuple[Callable[[Random, float], Example], float], ...] = (
     (tasks.textvqa, 0.28),
     (tasks.docvqa, 0.20),
@@ -63,7 +63,7 @@ class TrainSettings:
     text_only_every: int = 6
     learning_rate: float = 1.5e-3
     warmup_steps: int = 200
-    curriculum: tuple[int, int] = (400, 2600)
+    curriculum: tuple[int, int] = (400, 1867)
     blend: tuple[int, int] = (300, 1300)
     weight_decay: float = 0.02
     clip_norm: float = 1.0
