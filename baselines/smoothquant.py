@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -53,7 +54,7 @@ def channel_peaks(session: Session, names: Sequence[str]) -> dict[str, Tensor]:
 
     with ExitStack() as stack:
         for name in names:
-            stack.enter_context(collect_rows(session, name, lambda rows, name=name: keep(name, rows)))
+            stack.enter_context(collect_rows(session, name, partial(keep, name)))
         session.run_calibration()
     return peaks
 

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from fakes.tiny_qwen2_vl import tiny_batch, tiny_layout, tiny_model
 from torch import Tensor, nn
 
+from fakes.tiny_qwen2_vl import tiny_batch, tiny_layout, tiny_model
 from mqbench.harness.errors import CalibrationError, NonFiniteError, UnknownNameError
 from mqbench.harness.quant.activation import InputQuantizer, fake_quantize
 from mqbench.harness.quant.calibrate import attach_input_quantizers, calibrate_activations, round_weights_rtn
@@ -32,7 +32,9 @@ def naive_peaks(session: Session) -> dict[str, tuple[float, float]]:
         valid = batch["attention_mask"].bool()
         visual = batch["input_ids"] == session.layout.image_token_id
 
-        def keep(module: nn.Module, args: tuple[Tensor], text: Tensor = valid & ~visual, visual: Tensor = visual) -> None:
+        def keep(
+            module: nn.Module, args: tuple[Tensor], text: Tensor = valid & ~visual, visual: Tensor = visual
+        ) -> None:
             seen = (args[0].abs().max().item(), 0.0)
             if session.part(module.name) is Part.TEXT:
                 seen = (args[0][text].abs().max().item(), args[0][visual].abs().max().item())

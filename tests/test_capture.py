@@ -7,9 +7,9 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from fakes.tiny_qwen2_vl import tiny_batch, tiny_layout, tiny_model
 from torch import Tensor, nn
 
+from fakes.tiny_qwen2_vl import tiny_batch, tiny_layout, tiny_model
 from mqbench.harness.errors import CalibrationError, NonFiniteError
 from mqbench.harness.quant.capture import Replay, block_groups, capture_calls, collect_rows, visit_groups
 from mqbench.harness.quant.layout import Part

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from fakes.tiny_qwen2_vl import tiny_batch, tiny_layout, tiny_model
 from torch import Tensor
 
+from fakes.tiny_qwen2_vl import tiny_batch, tiny_layout, tiny_model
 from mqbench.baselines.gptq import gptq_round, input_hessian, inverse_factor, round_weights_gptq
 from mqbench.harness.errors import CalibrationError, NonFiniteError
 from mqbench.harness.quant.calibrate import round_weights_rtn
@@ -51,7 +51,9 @@ def llmcompressor_gptq() -> Oracle:
     return run
 
 
-def problem(rows: int, columns: int, seed: int, dead: int = 0, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+def problem(
+    rows: int, columns: int, seed: int, dead: int = 0, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor]:
     """A weight and the Hessian of correlated inputs, in which the first ``dead`` channels never fire."""
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(rows, columns, generator=generator, dtype=torch.float64)
@@ -163,7 +165,7 @@ def test_singular_hessian_is_damped_more_until_it_factorizes() -> None:
 
 
 def test_nan_hessian_names_the_layer() -> None:
-    with pytest.raises(NonFiniteError, match="'mlp.fc2'"):
+    with pytest.raises(NonFiniteError, match=r"'mlp\.fc2'"):
         inverse_factor(torch.full((4, 4), float("nan")), name="mlp.fc2")
 
 

@@ -8,9 +8,9 @@ from functools import partial
 
 import pytest
 import torch
-from fakes.tiny_qwen2_vl import tiny_batch, tiny_layout, tiny_model
 from torch import nn
 
+from fakes.tiny_qwen2_vl import tiny_batch, tiny_layout, tiny_model
 from mqbench.baselines import none, rtn, smoothquant
 from mqbench.harness.errors import CalibrationError, LayoutError, MQBenchError, NonFiniteError
 from mqbench.harness.quant.calibrate import attach_input_quantizers, calibrate_activations, round_weights_rtn
@@ -116,7 +116,10 @@ def forget_down_proj(session: Session) -> None:
         ((round_weights_rtn,), "input of '.*patch_embed.proj'"),
         ((round_weights_rtn, attach_input_quantizers), "input of '.*patch_embed.proj'"),
         ((attach_input_quantizers, calibrate_activations), "weight of '.*patch_embed.proj'"),
-        ((round_weights_rtn, forget_down_proj, attach_input_quantizers, calibrate_activations), "weight.*0.mlp.down_proj"),
+        (
+            (round_weights_rtn, forget_down_proj, attach_input_quantizers, calibrate_activations),
+            "weight.*0.mlp.down_proj",
+        ),
     ],
     ids=["no quantizers", "not calibrated", "not rounded", "one forgotten"],
 )

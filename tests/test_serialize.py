@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from fakes.tiny_qwen2_vl import tiny_batch, tiny_layout, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from fakes.tiny_qwen2_vl import tiny_batch, tiny_layout, tiny_model
 from mqbench.harness.errors import LayoutError, MissingWeightsError, MQBenchError, OutputError
 from mqbench.harness.models.adapter import LoadedModel
 from mqbench.harness.quant.linear import QuantLinear
@@ -168,9 +168,7 @@ def test_unreadable_folders_say_what_to_do(tmp_path: Path) -> None:
         read_saved(tmp_path)
 
 
-def test_interrupted_save_leaves_no_folder_that_looks_complete(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_interrupted_save_leaves_no_folder_that_looks_complete(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = Recipe("rtn", "w8a8", "w8a8")
     loaded, report, _ = quantized(recipe)
     save_quantized(loaded.model, report, recipe, tmp_path, "tiny")

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from fakes.tiny_qwen2_vl import tiny_batch, tiny_layout, tiny_model
 from torch import Tensor, nn
 
+from fakes.tiny_qwen2_vl import tiny_batch, tiny_layout, tiny_model
 from mqbench.baselines.smoothquant import METHOD, channel_peaks, smooth, smoothable_norms, smoothing_factors
 from mqbench.harness.quant.layout import Norm, Part
 from mqbench.harness.quant.method import open_session

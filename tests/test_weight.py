@@ -52,7 +52,9 @@ def test_equals_the_naive_search(args: QuantArgs, clip: str) -> None:
     size = args.group_size or weight.shape[1]
     rounded = round_to_nearest(weight, args, clip)
     naive = [naive_group(group.tolist(), args, clip) for row in weight for group in row.split(size)]
-    torch.testing.assert_close(rounded.weight.reshape(-1, size), torch.tensor(naive, dtype=torch.float64), rtol=0, atol=1e-12)
+    torch.testing.assert_close(
+        rounded.weight.reshape(-1, size), torch.tensor(naive, dtype=torch.float64), rtol=0, atol=1e-12
+    )
 
 
 @given(st.integers(1, 9), st.integers(1, 5), st.integers(2, 8), st.booleans())
@@ -130,5 +132,5 @@ def test_bad_weight_names_the_layer(bad: float) -> None:
 def test_bad_requests_are_refused() -> None:
     with pytest.raises(LayoutError, match="group size 16 does not divide 20"):
         weight_scale(torch.ones(2, 20), W4_GROUP)
-    with pytest.raises(UnknownNameError, match="weight clip 'mes'.*did you mean 'mse'"):
+    with pytest.raises(UnknownNameError, match=r"weight clip 'mes'.*did you mean 'mse'"):
         weight_scale(torch.ones(2, 20), W4, "mes")

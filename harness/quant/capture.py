@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from mqbench.harness.errors import CalibrationError, NonFiniteError
+from mqbench.harness.quant.activation import all_finite
 from mqbench.harness.quant.layout import Block, Part, Tower
 from mqbench.harness.quant.linear import QuantLinear
 from mqbench.harness.quant.session import Session
@@ -93,7 +94,7 @@ def collect_rows(session: Session, name: str, on_rows: OnRows, stop: bool = Fals
         rows = prepared_rows(linear, args[0])
         if is_text and session.context.valid is not None:
             rows = rows[session.context.valid.reshape(-1)]
-        if not torch.isfinite(rows).all():
+        if not all_finite(rows):
             raise NonFiniteError(f"the input of '{name}' holds NaN or Inf; check the weights and the dtype")
         if len(rows):
             on_rows(rows)

@@ -51,7 +51,7 @@ class StepMethod:
             NonFiniteError: a weight or an activation is NaN or Inf (names the layer).
         """
         layout.check(model)
-        check_weights(model, layout)
+        check_weights(model)
         if not batches and self.needs_data(recipe):
             raise CalibrationError(f"method '{self.name}' at {recipe.bits} needs calibration samples; give some")
         session = open_session(model, layout, recipe, batches)
@@ -83,7 +83,7 @@ def open_session(model: nn.Module, layout: Layout, recipe: Recipe, batches: Sequ
     return session
 
 
-def check_weights(model: nn.Module, layout: Layout) -> None:
+def check_weights(model: nn.Module) -> None:
     """Raises ``NonFiniteError`` for the first module, in the model's order, with NaN or Inf in a parameter."""
     for name, parameter in model.named_parameters():
         check_finite(parameter, name.removesuffix(".weight"))

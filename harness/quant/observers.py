@@ -114,7 +114,7 @@ class PercentileObserver(HistogramObserver):
         assert self.counts is not None
         reached = self.counts.cumsum(0)
         rank = PERCENTILE * reached[-1].item()
-        index = int(torch.searchsorted(reached.double(), torch.tensor(rank, dtype=torch.float64)).item())
+        index = int((reached < rank).sum().item())
         before = reached[index - 1].item() if index > 0 else 0
         inside = (rank - before) / self.counts[index].item()
         return min(self.peak, (index + inside) * 2.0**self.exponent / NUM_BINS)

@@ -189,7 +189,7 @@ def _describe(linear: QuantLinear, tensors: dict[str, Tensor]) -> dict[str, Any]
 
 def _exact_levels(linear: QuantLinear, args: QuantArgs) -> Tensor | None:
     """Integer levels that give the weight back to the last bit; None when a later step moved it off its grid."""
-    grid = WeightGrid(linear.weight_scale, linear.weight_zero_point)
+    grid = _grid(linear)
     scale, zero_point = grid.columns(group_index(linear.in_features, args, linear.weight.device))
     levels = round_to_levels(linear.weight.detach().to(scale.dtype), scale, zero_point, args).to(torch.int32)
     return levels if torch.equal(dequantize(levels, grid, args, linear.weight.dtype), linear.weight) else None
@@ -221,8 +221,13 @@ def _weight(linear: QuantLinear, entry: Mapping[str, Any], own: Mapping[str, Ten
     assert linear.weight_args is not None
     out_features, in_features = entry["shape"]
     levels = unpack_levels(own[LEVELS_SUFFIX.removeprefix(".")], linear.weight_args, (out_features, in_features))
-    grid = WeightGrid(linear.weight_scale, linear.weight_zero_point)
+    grid = _grid(linear)
     return dequantize(levels, grid, linear.weight_args, getattr(torch, entry["dtype"]))
+
+
+def _grid(linear: QuantLinear) -> WeightGrid:
+    assert linear.weight_scale is not None
+    return WeightGrid(linear.weight_scale, linear.weight_zero_point)
 
 
 def _args(entry: Mapping[str, Any]) -> QuantArgs:

@@ -103,7 +103,9 @@ class RMSNorm(nn.Module):
         return f"eps={self.eps}"
 
 
-MODULES: Mapping[str, type[nn.Module]] = MappingProxyType({cls.kind: cls for cls in (OnlineHadamard, HeadHadamard, RMSNorm)})
+MODULES: Mapping[str, type[nn.Module]] = MappingProxyType(
+    {cls.kind: cls for cls in (OnlineHadamard, HeadHadamard, RMSNorm)}
+)
 
 
 def build_module(config: Mapping[str, Any]) -> nn.Module:

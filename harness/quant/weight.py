@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mqbench.harness.errors import LayoutError, NonFiniteError, UnknownNameError
+from mqbench.harness.quant.activation import all_finite
 from mqbench.harness.quant.linear import QuantLinear
 from mqbench.harness.quant.scheme import QuantArgs, Strategy
 
@@ -94,7 +95,7 @@ def weight_scale(weight: Tensor, args: QuantArgs, clip: str = Clip.MINMAX) -> We
     rows = wide.reshape(len(weight) * num_groups, -1)
     low, high = _range(rows, args)
     if clip == Clip.MSE:
-        shrink = torch.cat([_best_shrink(*chunk, args) for chunk in _chunks(rows, low, high)])
+        shrink = torch.cat([_best_shrink(args, *chunk) for chunk in _chunks(rows, low, high)])
         low, high = low * shrink, high * shrink
     scale, zero_point = _grid(low, high, args)
     shape = (len(weight), num_groups)
@@ -131,7 +132,7 @@ def round_to_nearest(weight: Tensor, args: QuantArgs, clip: str = Clip.MINMAX, n
 
 def check_finite(weight: Tensor, name: str) -> None:
     """Raises ``NonFiniteError`` when ``weight`` holds NaN or Inf."""
-    if not torch.isfinite(weight).all():
+    if not all_finite(weight):
         raise NonFiniteError(f"the weight of '{name}' holds NaN or Inf; load a checkpoint with finite weights")
 
 
@@ -166,7 +167,7 @@ def _grid(low: Tensor, high: Tensor, args: QuantArgs) -> tuple[Tensor, Tensor | 
     return scale, None if args.symmetric else torch.round(-low / scale)
 
 
-def _best_shrink(rows: Tensor, low: Tensor, high: Tensor, args: QuantArgs) -> Tensor:
+def _best_shrink(args: QuantArgs, rows: Tensor, low: Tensor, high: Tensor) -> Tensor:
     """(N, 1) factor of the range that rounds each row best; the first of equals."""
     best = torch.full_like(low, torch.inf)
     chosen = torch.ones_like(low)
@@ -182,7 +183,7 @@ def _best_shrink(rows: Tensor, low: Tensor, high: Tensor, args: QuantArgs) -> Te
     return chosen
 
 
-def _chunks(rows: Tensor, *others: Tensor) -> list[tuple[Tensor, ...]]:
+def _chunks(rows: Tensor, low: Tensor, high: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
     """Row chunks small enough for the cache: the search passes over each of them 80 times."""
     size = max(1, CHUNK_ELEMENTS // rows.shape[1])
-    return list(zip(*(tensor.split(size) for tensor in (rows, *others)), strict=True))
+    return list(zip(rows.split(size), low.split(size), high.split(size), strict=True))
