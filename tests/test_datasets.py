@@ -405,6 +405,39 @@ def test_same_image_with_another_question_is_no_overlap(data_dir: Path) -> None:
     calibration.refuse_overlap(load_task(TEXTVQA, data_dir))
 
 
+# --- shipped data
+
+
+@pytest.mark.parametrize("task", TASKS.values(), ids=list(TASKS))
+def test_shipped_rows_are_usable_and_apart_from_their_calibration_rows(task: files.Task) -> None:
+    data = load_task(task)
+    assert 100 <= len(data) <= 200
+    pool = load_calibration(task.name, num_samples=256)
+    assert len(pool.parts[0]) == 256
+    pool.refuse_overlap(data)
+    if task.categories:
+        assert set(data.frame["category"]) == set(task.categories)
+
+
+def test_shipped_default_calibration_overlaps_with_nothing() -> None:
+    calibration = load_calibration()
+    assert [len(part) for part in calibration.parts] == [52, 51, 51, 51, 51]
+    for task in TASKS.values():
+        calibration.refuse_overlap(load_task(task))
+
+
+def test_shipped_scienceqa_has_every_subject_in_every_context() -> None:
+    data = load_task(SCIENCEQA)
+    contexts = {(row["category"], bool(row["hint"]), bool(row["images"])) for row in data.rows()}
+    assert {category for category, *_ in contexts} == {"NAT", "SOC", "LAN"}
+    for category in ("NAT", "SOC", "LAN"):
+        assert {(category, True, False), (category, False, True), (category, False, False)} <= contexts
+
+
+def test_shipped_data_is_small() -> None:
+    assert sum(path.stat().st_size for path in files.SHIPPED_DATA.rglob("*") if path.is_file()) <= 15 * 2**20
+
+
 def test_take_keeps_order_and_task(data_dir: Path) -> None:
     data = load_task(TEXTVQA, data_dir)
     assert isinstance(data.take([2, 0]), TaskData)

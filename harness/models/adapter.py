@@ -34,11 +34,14 @@ class ModelAdapter(Protocol):
         name: As users type it (``qwen2-vl-7b``).
         paper_name: Its row in the paper's tables, or None.
         how_to_get: One line for users who lack the weights.
+        max_new_tokens: Longest answer in tokens, where benchmarks allow more; None, or left out, for the benchmarks'
+            own limit.
     """
 
     name: str
     paper_name: str | None
     how_to_get: str
+    max_new_tokens: int | None
 
     def find_weights(self, models_dir: Path | None) -> Path | None:
         """The folder with the weights: shipped, under ``models_dir/NAME``, or in the Hugging Face cache; else None."""
