@@ -151,7 +151,8 @@ def _visit_tower(session: Session, tower: Tower, visit: Visit) -> None:
     for block in tower.blocks:
         for group in block_groups(session, block):
             visit(group, partial(_replay_block, session, block.name, group[0], calls))
-        calls = [call.with_hidden(run_block(session, block.name, call)) for call in calls]
+        if block is not tower.blocks[-1]:
+            calls = [call.with_hidden(run_block(session, block.name, call)) for call in calls]
     session.context.clear()
 
 
