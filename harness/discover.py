@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 METHOD_GROUP = "mqbench.methods"
 MODEL_GROUP = "mqbench.models"
 METHOD_NEEDS = ("name", "aliases", "summary", "quantize")
-ADAPTER_NEEDS = ("name", "paper_name", "how_to_get", "find_weights", "load", "messages", "encode", "generate")
+ADAPTER_NEEDS = ("name", "paper_name", "how_to_get", "find_weights", "load", "encode", "generate")
 
 
 @dataclass(frozen=True)

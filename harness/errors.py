@@ -58,3 +58,7 @@ class PluginError(MQBenchError):
 
 class TableError(MQBenchError):
     """Records that cannot stand in one table, or a table that is not described."""
+
+
+class RequestError(MQBenchError):
+    """Options that make no sense, alone or together, or that this machine cannot serve."""

@@ -27,7 +27,7 @@ SCOPES: Mapping[str, tuple[str, ...]] = {
     "calibration.num_samples": (),
     "calibration.seed": (),
     "data_sha256": ("task",),
-    "weights_sha256": ("model", "method", "bits"),
+    "weights_sha256": ("model",),
     "method_version": ("method",),
 }
 """Settings that must be equal within a scope: the whole table, or all records with the same task, model or method."""

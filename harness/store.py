@@ -47,18 +47,12 @@ class RecordStore:
         Raises:
             OutputError: it cannot.
         """
-        probe = self.folder / f".probe-{os.getpid()}"
+        prepare_folder(self.folder)
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            probe.touch()
-            probe.unlink()
             if self.path.exists():
                 self.path.open("ab").close()
         except OSError as error:
-            reason = error.strerror or str(error)
-            raise OutputError(
-                f"cannot write to output folder '{self.folder}': {reason}; choose another --out"
-            ) from error
+            raise OutputError(f"cannot write to '{self.path}': {error.strerror}; choose another --out") from error
 
     def append(self, record: Record) -> None:
         """Adds one line and waits until it is on disk; then drops the cell's partial answers.
@@ -172,6 +166,22 @@ class PartialAnswers:
 
     def remove(self) -> None:
         self.path.unlink(missing_ok=True)
+
+
+def prepare_folder(folder: Path) -> None:
+    """Creates a folder and proves that it can be written.
+
+    Raises:
+        OutputError: it cannot.
+    """
+    probe = folder / f".probe-{os.getpid()}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise OutputError(f"cannot write to output folder '{folder}': {reason}; choose another --out") from error
 
 
 def _ends_with_newline(path: Path) -> bool:

@@ -17,6 +17,7 @@ from mqbench.harness.environment import ROOT
 from mqbench.harness.errors import TableError
 from mqbench.harness.record import Backend, Record
 from mqbench.harness.select import FLOAT_METHOD, select
+from mqbench.harness.sources import FOLDER_MARK
 
 SPECS = ROOT / "results" / "specs"
 PAPER = ROOT / "results" / "paper"
@@ -174,7 +175,7 @@ def build(records: Iterable[Record], spec: TableSpec, filters: Mapping[str, Any]
     for record in chosen:
         scores.setdefault(_labels(record, spec.rows), {})[record.cell.task] = _value(record, spec.value)
     references = {record.cell.model: _labels(record, spec.rows) for record in chosen if _is_float(record)}
-    models = {_labels(record, spec.rows): record.cell.model for record in chosen}
+    models = {_labels(record, spec.rows): base_model(record.cell.model) for record in chosen}
     paper = paper_figures(spec)
     rows = []
     for labels in sorted(scores, key=lambda labels: _sort_key(labels, spec)):
@@ -230,7 +231,7 @@ def _row(
     paper: Mapping[tuple[str, str, str], Mapping[str, float]],
 ) -> Row:
     named = dict(zip(spec.rows, labels, strict=True))
-    printed = paper.get((named.get("model", ""), named.get("bits", ""), named.get("method", "")), {})
+    printed = paper.get((base_model(named.get("model", "")), named.get("bits", ""), named.get("method", "")), {})
     return Row(labels, tuple(_entry(column, scores, reference, printed) for column in spec.columns))
 
 
@@ -245,6 +246,11 @@ def _entry(column: Column, scores: Scores, reference: Scores, printed: Mapping[s
         delta=None if measured is None or base is None else (measured - base) * column.scale,
         paper=printed.get(column.paper),
     )
+
+
+def base_model(name: str) -> str:
+    """``standin-qwen2-vl`` also for the quantized folder ``standin-qwen2-vl@FOLDER``."""
+    return name.partition(FOLDER_MARK)[0]
 
 
 def _labels(record: Record, rows: Sequence[str]) -> tuple[str, ...]:

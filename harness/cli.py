@@ -1,0 +1,255 @@
+"""The command line. Heavy libraries are imported by the commands that need them, so that ``--help`` is instant."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from mqbench.harness.errors import MQBenchError, RequestError
+from mqbench.harness.store import DEFAULT_OUT, DamagedLineWarning
+
+EXIT_FAILED_CELLS = 1
+EXIT_BAD_REQUEST = 2
+EXIT_INTERRUPTED = 130
+STANDIN_COMMANDS = "mqbench.harness.models.standin.commands"
+
+app = typer.Typer(
+    name="mqbench",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Quantize multimodal LLMs and measure what it costs.\n\n"
+    "Start with [bold]mqbench eval[/]: it prints the MQuant paper's Table 3 for every model that is ready.",
+)
+
+ModelsDir = Annotated[
+    Path | None, typer.Option(help="Folder with real weights, one folder per model name (see 'mqbench models').")
+]
+DataDir = Annotated[
+    Path | None, typer.Option(help="Folder with VLMEvalKit's TSV files, in place of the shipped mini benchmarks.")
+]
+Device = Annotated[str, typer.Option(help="cpu, cuda (every GPU) or cuda:N.")]
+Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16; auto: float32 on cpu, bfloat16 on cuda.")]
+Seed = Annotated[int, typer.Option(help="Seed of the calibration draw and of rotations.")]
+CalibSamples = Annotated[int, typer.Option(help="Calibration samples.")]
+CalibSplit = Annotated[str, typer.Option(help="Calibration data: 'mixed', or one benchmark's name.")]
+BatchSize = Annotated[int, typer.Option(help="Prompts per forward pass.")]
+Out = Annotated[Path, typer.Option(help="Folder of records.jsonl; a later run with the same folder resumes.")]
+
+
+@app.command("eval")
+def evaluate(
+    models: Annotated[
+        str, typer.Option(help="Names, folders written by 'mqbench quantize', or all (every model with weights).")
+    ] = "all",
+    methods: Annotated[
+        str, typer.Option(help="Comma-separated, see 'mqbench methods'. The float baseline always runs.")
+    ] = "rtn,smoothquant,quarot,mquant",
+    tasks: Annotated[str, typer.Option(help="Comma-separated, or all; see 'mqbench tasks'.")] = "all",
+    bits: Annotated[
+        str, typer.Option(help="VISION/LLM settings, comma-separated: w8a8, w4a8, w8a16, w4a16 or float on each side.")
+    ] = "w8a8/w4a8,w4a8/w4a8",
+    limit: Annotated[int | None, typer.Option(help="Rows per benchmark at most, for a quick look.")] = None,
+    seed: Seed = 0,
+    calib_samples: CalibSamples = 256,
+    calib_split: CalibSplit = "mixed",
+    device: Device = "cpu",
+    dtype: Dtype = "auto",
+    out: Out = DEFAULT_OUT,
+    data_dir: DataDir = None,
+    models_dir: ModelsDir = None,
+    jobs: Annotated[int | None, typer.Option(help="Worker processes; by default one per core, or per GPU.")] = None,
+    batch_size: BatchSize = 16,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the records as JSON instead of a table.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List the cells and estimates, run nothing.")] = False,
+) -> None:
+    """Run every model x method x bits x benchmark, then print Table 3.
+
+    One record per cell goes to OUT/records.jsonl at once; cells that have an ok record with the very same settings are
+    not run again. Exit code 1: some cells failed. Exit code 2: the request was wrong and nothing ran.
+
+    Examples:
+
+      mqbench eval                                          the whole of Table 3
+
+      mqbench eval --methods mquant --bits w4a8 --limit 20  a quick look at one method
+
+      mqbench eval --models qwen2-vl-7b --models-dir /data --device cuda
+    """
+    from mqbench.harness.commands import run_eval
+    from mqbench.harness.plan import Request
+
+    request = Request(
+        models=_names(models, "--models"),
+        methods=_names(methods, "--methods"),
+        tasks=_names(tasks, "--tasks"),
+        bits=_names(bits, "--bits"),
+        limit=limit,
+        seed=seed,
+        calib_samples=calib_samples,
+        calib_split=calib_split,
+        device=device,
+        dtype=dtype,
+        out=out,
+        data_dir=data_dir,
+        models_dir=models_dir,
+        jobs=jobs,
+        batch_size=batch_size,
+    )
+    if not run_eval(request, as_json=as_json, dry_run=dry_run):
+        raise typer.Exit(EXIT_FAILED_CELLS)
+
+
+@app.command()
+def table(
+    number: Annotated[int, typer.Argument(help="Number of the paper's table.")],
+    style: Annotated[str, typer.Option("--format", help="terminal, md, tex or csv.")] = "terminal",
+    out: Annotated[Path, typer.Option(help="Folder of records.jsonl.")] = DEFAULT_OUT,
+    where: Annotated[
+        list[str] | None, typer.Option(help="NAME=VALUE, repeatable: use only records with this setting.")
+    ] = None,
+) -> None:
+    """Print a table from stored records; no model runs.
+
+    Examples:
+
+      mqbench table 3
+
+      mqbench table 3 --format tex --out results/records
+
+      mqbench table 3 --where limit=none --where recipe.seed=0
+    """
+    from mqbench.harness.commands import print_table
+
+    print_table(number, style, out, where or [])
+
+
+@app.command()
+def models(models_dir: ModelsDir = None) -> None:
+    """List the known models: ready, or how to get their weights."""
+    from mqbench.harness.listing import list_models
+
+    list_models(models_dir)
+
+
+@app.command()
+def methods() -> None:
+    """List the known quantization methods and their other names."""
+    from mqbench.harness.listing import list_methods
+
+    list_methods()
+
+
+@app.command()
+def tasks(data_dir: DataDir = None) -> None:
+    """List the known benchmarks: ready, or what to do."""
+    from mqbench.harness.listing import list_tasks
+
+    list_tasks(data_dir)
+
+
+@app.command()
+def quantize(
+    model: Annotated[str, typer.Option(help="Name of the model, see 'mqbench models'.")],
+    method: Annotated[str, typer.Option(help="Name of the method, see 'mqbench methods'.")],
+    out: Annotated[Path, typer.Option(help="New folder for the quantized model.")],
+    bits: Annotated[str, typer.Option(help="VISION/LLM setting.")] = "w4a8/w4a8",
+    seed: Seed = 0,
+    calib_samples: CalibSamples = 256,
+    calib_split: CalibSplit = "mixed",
+    device: Device = "cpu",
+    dtype: Dtype = "auto",
+    data_dir: DataDir = None,
+    models_dir: ModelsDir = None,
+    batch_size: BatchSize = 16,
+) -> None:
+    """Quantize one model and save it; 'mqbench eval --models DIR' takes the folder.
+
+    Examples:
+
+      mqbench quantize --model standin-qwen2-vl --method mquant --out quantized
+
+      mqbench eval --models quantized
+    """
+    from mqbench.harness.commands import run_quantize
+    from mqbench.harness.plan import Request
+
+    request = Request(
+        models=(model,),
+        methods=(method,),
+        bits=(bits,),
+        seed=seed,
+        calib_samples=calib_samples,
+        calib_split=calib_split,
+        device=device,
+        dtype=dtype,
+        data_dir=data_dir,
+        models_dir=models_dir,
+        batch_size=batch_size,
+    )
+    run_quantize(request, out)
+
+
+@app.command(
+    "standin",
+    add_help_option=False,
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
+)
+def standin(context: typer.Context) -> None:
+    """Make the shipped stand-in model and its data again: train, data, check (mqbench standin --help)."""
+    from importlib import import_module
+    from importlib.util import find_spec
+
+    if find_spec(STANDIN_COMMANDS) is None:
+        raise RequestError("this installation lacks the stand-in's builder; install mqbench from its repository")
+    import_module(STANDIN_COMMANDS).app(args=context.args, prog_name="mqbench standin")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point of the console script.
+
+    Returns:
+        The exit code: 0 fine, 1 some cells failed, 2 a wrong request, 130 interrupted.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", DamagedLineWarning)
+        warnings.showwarning = _show_warning
+        try:
+            app(args=None if arguments is None else list(arguments), prog_name="mqbench")
+        except MQBenchError as error:
+            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+            return EXIT_BAD_REQUEST
+        except SystemExit as stop:
+            return _exit_code(stop.code)
+    return 0
+
+
+def _names(text: str, option: str) -> tuple[str, ...]:
+    """``"a, b"`` as a tuple.
+
+    Raises:
+        RequestError: it names nothing.
+    """
+    names = tuple(name.strip() for name in text.split(",") if name.strip())
+    if not names:
+        raise RequestError(f"{option} names nothing; give at least one, separated by commas")
+    return names
+
+
+def _exit_code(code: Any) -> int:
+    return code if isinstance(code, int) else 0 if code is None else EXIT_BAD_REQUEST
+
+
+def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    print(f"warning: {message}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,137 @@
+"""What the commands of ``cli`` do, once their options are read."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from mqbench.harness.errors import RequestError
+from mqbench.harness.estimate import estimate_s, num_workers
+from mqbench.harness.plan import Plan, Request, expand
+from mqbench.harness.progress import ProgressView, duration_text
+from mqbench.harness.record import Record
+from mqbench.harness.run import Outcome, run_plan
+from mqbench.harness.select import parse_filters
+from mqbench.harness.store import RecordStore
+from mqbench.harness.table import load_spec, render
+
+EXIT_INTERRUPTED = 130
+MAIN_TABLE = 3
+PIPE_WIDTH = 200
+"""Columns of a table that goes to a file or another program."""
+
+
+def run_eval(request: Request, *, as_json: bool, dry_run: bool) -> bool:
+    """Plans, runs, prints; True when no cell failed.
+
+    Raises:
+        MQBenchError: the request is wrong.
+    """
+    plan = expand(request)
+    notes = Console(stderr=True)
+    _print_overview(plan, notes)
+    if dry_run:
+        print_plan(plan, as_json)
+        return True
+    outcome = _run(plan, notes)
+    _print_results(plan, as_json)
+    _print_failures(outcome, request, notes)
+    notes.print(f"records: {RecordStore(request.out).path}", markup=False, highlight=False, soft_wrap=True)
+    return not outcome.failed
+
+
+def print_table(number: int, style: str, out: Path, where: Sequence[str]) -> None:
+    """Renders stored records.
+
+    Raises:
+        TableError: there is no such table, or the records do not fit into one.
+    """
+    spec = load_spec(number)
+    records = RecordStore(out).load()
+    sys.stdout.write(render(records, spec, style, parse_filters(where), terminal_width()))
+
+
+def run_quantize(request: Request, folder: Path) -> None:
+    """Quantizes one model into a folder and says what came out.
+
+    Raises:
+        MQBenchError: the request is wrong.
+    """
+    from mqbench.harness.export import export
+
+    if "," in request.bits[0]:
+        raise RequestError("--bits takes one setting here, for example w4a8/w4a8")
+    notes = Console(stderr=True)
+    done = export(request, folder, lambda text: notes.print(text, markup=False, highlight=False))
+    quantized = sum(layer.weight_num_bits is not None for layer in done.report.layers.values())
+    split = sum(layer.rms_split for layer in done.report.layers.values())
+    print(f"{quantized} linears quantized ({split} with RMS) in {sum(done.report.step_s.values()):.1f} s: {folder}")
+    print(f"evaluate it: mqbench eval --models {folder}")
+
+
+def print_plan(plan: Plan, as_json: bool) -> None:
+    """The cells of a plan, those done and those to run."""
+    to_run = {cell.key for group in plan.groups for cell in group.cells}
+    if as_json:
+        cells = [{"key": cell.key, "run": cell.key in to_run, "cell": cell.to_json()} for cell in plan.cells]
+        print(json.dumps(cells, indent=1))
+        return
+    table = Table("model", "bits", "method", "task", "rows", "state")
+    for cell in plan.cells:
+        state = "to run" if cell.key in to_run else "done"
+        rows = str(plan.num_rows[cell.task])
+        table.add_row(cell.model, cell.recipe.bits, cell.recipe.method, cell.task, rows, state)
+    Console().print(table)
+
+
+def terminal_width() -> int:
+    """Columns of the terminal; wide when the output goes elsewhere."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else PIPE_WIDTH
+
+
+def _print_overview(plan: Plan, notes: Console) -> None:
+    for name, how_to_get in plan.missing.items():
+        notes.print(f"left out {name}: {how_to_get}", markup=False, highlight=False, soft_wrap=True)
+    done = len(plan.cells) - plan.num_to_run
+    workers = num_workers(plan)
+    seconds = estimate_s(plan, workers)
+    time = "no earlier run to estimate from" if seconds is None else f"about {duration_text(seconds)}"
+    rest = f"; {workers} worker(s), {time}" if plan.num_to_run else ""
+    text = f"{len(plan.cells)} cells: {done} done, {plan.num_to_run} to run{rest}"
+    notes.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def _run(plan: Plan, notes: Console) -> Outcome:
+    try:
+        with ProgressView(plan, notes) as view:
+            return run_plan(plan, view)
+    except KeyboardInterrupt:
+        notes.print("stopped; finished cells are stored, the same command goes on from here")
+        raise SystemExit(EXIT_INTERRUPTED) from None
+
+
+def _print_results(plan: Plan, as_json: bool) -> None:
+    records = _records_of(plan)
+    if as_json:
+        print(json.dumps([record.to_json() for record in records], indent=1, ensure_ascii=False))
+    elif any(record.ok for record in records):
+        sys.stdout.write(render(records, load_spec(MAIN_TABLE), width=terminal_width()))
+
+
+def _records_of(plan: Plan) -> list[Record]:
+    latest = RecordStore(plan.request.out).latest()
+    return [latest[cell.key] for cell in plan.cells if cell.key in latest]
+
+
+def _print_failures(outcome: Outcome, request: Request, notes: Console) -> None:
+    if not outcome.failed:
+        return
+    notes.print(f"{len(outcome.failed)} cell(s) failed; tracebacks: {request.out / 'failures'}", markup=False)
+    for cell in outcome.failed:
+        notes.print(f"  {cell.label}: {cell.reason}", markup=False, highlight=False, soft_wrap=True)
