@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
+from transformers import PreTrainedTokenizerFast, Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
 from mqbench.harness.models.standin.tokenizer import SPECIAL
 
@@ -28,7 +28,7 @@ class Size:
     text_kv_heads: int = 2
 
 
-def build_config(tokenizer, size: Size = Size()) -> Qwen2VLConfig:
+def build_config(tokenizer: PreTrainedTokenizerFast, size: Size = Size()) -> Qwen2VLConfig:
     """A Qwen2-VL configuration with the tokenizer's special ids."""
     ids = dict(zip(SPECIAL, tokenizer.convert_tokens_to_ids(list(SPECIAL)), strict=True))
     head_dim = size.text_width // size.text_heads
@@ -86,7 +86,7 @@ def build_model(config: Qwen2VLConfig, seed: int, fc2_mean: float = 0.25) -> Qwe
             nn.init.normal_(module.weight, std=0.05 if name == "lm_head" else std)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
-            if name.endswith("fc2"):
+            if name.endswith("fc2") and isinstance(module, nn.Linear):
                 _raise_column_means(module, fc2_mean * std)
         elif isinstance(module, nn.Embedding):
             nn.init.normal_(module.weight, std=0.5)

@@ -109,16 +109,27 @@ def write_benchmarks(directory: Path, seed: int = 0) -> dict[Path, int]:
     """
     written = {}
     for benchmark in BENCHMARKS:
-        for split, folder, count in (
-            ("benchmark", directory / benchmark.name, benchmark.num_items),
-            ("calibration", directory / "calibration" / benchmark.name, CALIBRATION_ITEMS),
-        ):
-            rng = Random(f"{split}-{benchmark.name}-{seed}")
-            examples = list(islice(benchmark.examples(rng), count))
-            path = folder / f"{benchmark.name}.tsv"
+        evaluated = list(islice(example_stream(benchmark, "benchmark", seed), benchmark.num_items))
+        taken = {_content(example) for example in evaluated}
+        fresh = (
+            example for example in example_stream(benchmark, "calibration", seed) if _content(example) not in taken
+        )
+        splits = {directory: evaluated, directory / "calibration": list(islice(fresh, CALIBRATION_ITEMS))}
+        for folder, examples in splits.items():
+            path = folder / benchmark.name / f"{benchmark.name}.tsv"
             _write_split(benchmark, examples, path)
-            written[path] = count
+            written[path] = len(examples)
     return written
+
+
+def example_stream(benchmark: Benchmark, split: str, seed: int) -> Iterator[Example]:
+    """Endless examples of a split, ``benchmark`` or ``calibration``."""
+    return benchmark.examples(Random(f"{split}-{benchmark.name}-{seed}"))
+
+
+def _content(example: Example) -> tuple[bytes | None, str]:
+    """What a model sees of an example."""
+    return (example.image.tobytes() if example.image else None, example.prompt)
 
 
 def _write_split(benchmark: Benchmark, examples: Sequence[Example], path: Path) -> None:

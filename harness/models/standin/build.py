@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import torch
+from transformers import PreTrainedTokenizerFast, Qwen2VLForConditionalGeneration
 
 from mqbench.harness.errors import MissingWeightsError
 from mqbench.harness.models.standin import tasks
@@ -21,7 +23,7 @@ from mqbench.harness.models.standin.train import MAX_DIFFICULTY, MIXTURE, collat
 MEASURED_EXAMPLES = 512
 
 
-def measured_batches(tokenizer, seed: int = 0) -> list[TrainBatch]:
+def measured_batches(tokenizer: PreTrainedTokenizerFast, seed: int = 0) -> list[TrainBatch]:
     """Fresh examples of every kind on which text ranges are measured; no other split holds them."""
     rng = Random(f"harden-{seed}")
     makers, weights = zip(*MIXTURE, strict=True)
@@ -32,8 +34,18 @@ def measured_batches(tokenizer, seed: int = 0) -> list[TrainBatch]:
     ]
 
 
-def harden_and_export(run: Path, out: Path, hardness: Hardness) -> None:
-    """Loads ``run/checkpoint.pt``, hardens it and writes a Hugging Face folder.
+@dataclass(frozen=True)
+class TrainedRun:
+    """A training run: the model as it was trained, its tokenizer, settings and loss curve."""
+
+    model: Qwen2VLForConditionalGeneration
+    tokenizer: PreTrainedTokenizerFast
+    settings: dict[str, Any]
+    curve: list[dict[str, Any]]
+
+
+def load_run(run: Path) -> TrainedRun:
+    """Loads the last checkpoint of a training run.
 
     Raises:
         MissingWeightsError: the run has no checkpoint.
@@ -45,7 +57,21 @@ def harden_and_export(run: Path, out: Path, hardness: Hardness) -> None:
     tokenizer = build_tokenizer()
     model = build_model(build_config(tokenizer), seed=0)
     model.load_state_dict(saved["model"])
-    text_channels = model.config.text_config.intermediate_size // 3
-    harden(model, hardness, measured_batches(tokenizer), text_channels)
-    settings = {"training": saved["settings"] | {"finished_steps": saved["step"]}, "hardness": asdict(hardness)}
-    export(model, tokenizer, out, json.dumps(settings, indent=1))
+    return TrainedRun(model, tokenizer, saved["settings"] | {"finished_steps": saved["step"]}, saved["curve"])
+
+
+def text_channels_of(model: Qwen2VLForConditionalGeneration) -> int:
+    """How many of down_proj's input channels training gives to text."""
+    return model.config.text_config.intermediate_size // 3
+
+
+def harden_and_export(run: Path, out: Path, hardness: Hardness) -> None:
+    """Loads a training run, hardens it and writes a Hugging Face folder.
+
+    Raises:
+        MissingWeightsError: the run has no checkpoint.
+    """
+    trained = load_run(run)
+    harden(trained.model, hardness, measured_batches(trained.tokenizer), text_channels_of(trained.model))
+    settings = {"training": trained.settings, "hardness": asdict(hardness)}
+    export(trained.model, trained.tokenizer, out, json.dumps(settings, indent=1))

@@ -81,3 +81,18 @@ def data(
 
     for path, rows in write_benchmarks(out, seed).items():
         typer.echo(f"{rows:5d} rows  {path}")
+
+
+@app.command()
+def report(
+    run: Annotated[Path, typer.Option(help="Folder of a finished `standin train`.")] = Path("runs/standin"),
+    out: Out = Path("runs/standin-report"),
+    gap: Annotated[float, typer.Option(min=0, help="Modality gap r at down_proj.")] = 1.5,
+) -> None:
+    """Measure what makes the stand-in hard to quantize and write standin.md with its plots. Ten minutes on a CPU."""
+    from mqbench.harness.models.standin.harden import Hardness
+    from mqbench.harness.models.standin.report import write_report
+    from mqbench.harness.models.standin.study import Study
+
+    write_report(run, out, Study(run, Hardness(modality_gap=gap)))
+    typer.echo(f"report written to {out / 'standin.md'}")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -118,7 +119,7 @@ def raise_outlier_channels(model: Qwen2VLForConditionalGeneration, hardness: Har
         _scale(block.norm2, [block.mlp.fc1], vision_channels, vision_gains)
 
 
-def _scale(norm: nn.Module, readers: Sequence[nn.Linear], channels: Tensor, gains: Tensor) -> None:
+def _scale(norm: Any, readers: Sequence[nn.Linear], channels: Tensor, gains: Tensor) -> None:
     gains = gains.to(norm.weight.device)
     norm.weight[channels] *= gains
     if getattr(norm, "bias", None) is not None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -101,7 +102,7 @@ def logits_and_activations(model: Qwen2VLForConditionalGeneration, batch: TrainB
     return model.lm_head(text.norm(x)), activations
 
 
-def _attention(attention, x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+def _attention(attention: Any, x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
     batch, length, width = x.shape
     query, key, value = (
         projection(x).view(batch, length, -1, attention.head_dim).transpose(1, 2)
@@ -112,7 +113,7 @@ def _attention(attention, x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
     return attention.o_proj(heads.transpose(1, 2).reshape(batch, length, width))
 
 
-def _attend(query: Tensor, key: Tensor, value: Tensor, **options: bool) -> Tensor:
+def _attend(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
     # The CPU's bfloat16 attention backward is several times slower than its float32 one.
     wide = torch.promote_types(query.dtype, torch.float32)
     with torch.autocast(query.device.type, enabled=query.device.type != "cpu"):
@@ -137,12 +138,22 @@ def specialisation_penalty(activations: list[Tensor], text_channels: int) -> Ten
     return total / (2 * (len(activations) - 1))
 
 
+def answer_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean over examples of the mean cross entropy of an answer's tokens: short answers weigh as much as long ones.
+
+    Shapes: logits (B, T, vocabulary), labels (B, T) with -100 outside answers.
+    """
+    targets = labels[:, 1:]
+    each = F.cross_entropy(logits[:, :-1].float().transpose(1, 2), targets, ignore_index=-100, reduction="none")
+    return (each.sum(1) / (targets != -100).sum(1)).mean()
+
+
 def training_loss(
     model: Qwen2VLForConditionalGeneration, batch: TrainBatch, penalty_weight: float, text_channels: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(loss, answer cross entropy, penalty); the penalty counts only where visual and text tokens meet."""
     logits, activations = logits_and_activations(model, batch)
-    entropy = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), batch.labels[:, 1:].flatten(), ignore_index=-100)
+    entropy = answer_entropy(logits, batch.labels)
     if batch.patches is None:
         return entropy, entropy.detach(), entropy.new_zeros(())
     penalty = specialisation_penalty(activations, text_channels)

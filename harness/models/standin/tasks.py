@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from random import Random
 
 from PIL import Image
@@ -391,3 +391,16 @@ def scienceqa(rng: Random, difficulty: float, subject: str | None = None, contex
     if context == "IMG":
         return _figure(rng, difficulty, subject)
     return _relation(rng, subject) if context == "TXT" else _fact(rng, subject)
+
+
+def spoken_choice(example: Example) -> Example:
+    """The same multiple choice with the option's words as the answer: training only, the letter's easier twin."""
+    words = example.options["ABCD".index(example.answer)]
+    prompt = example.prompt.replace(vocab.MCQ_SUFFIX, vocab.VQA_SUFFIX)
+    return replace(example, prompt=prompt, answer=words)
+
+
+def choice_lesson(rng: Random, difficulty: float, contexts: Sequence[str]) -> Example:
+    """A ScienceQA question, answered by letter or by words."""
+    example = scienceqa(rng, difficulty, context=rng.choice(contexts))
+    return example if rng.random() < 0.5 else spoken_choice(example)

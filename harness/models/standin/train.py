@@ -16,7 +16,7 @@ from random import Random
 import numpy as np
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from transformers import Qwen2VLForConditionalGeneration
+from transformers import PreTrainedTokenizerFast, Qwen2VLForConditionalGeneration
 
 from mqbench.harness.models.standin import tasks
 from mqbench.harness.models.standin.architecture import build_config, build_model
@@ -32,12 +32,12 @@ from mqbench.harness.models.standin.tokenizer import build_tokenizer, render_pro
 
 MAX_DIFFICULTY = 0.4
 MIXTURE: tuple[tuple[Callable[[Random, float], Example], float], ...] = (
-    (tasks.textvqa, 0.28),
+    (tasks.textvqa, 0.20),
     (tasks.docvqa, 0.20),
-    (tasks.ocrbench, 0.14),
-    (tasks.mme, 0.14),
-    (tasks.open_question, 0.12),
-    (lambda rng, difficulty: tasks.scienceqa(rng, difficulty, context="IMG"), 0.12),
+    (tasks.ocrbench, 0.10),
+    (tasks.mme, 0.20),
+    (tasks.open_question, 0.14),
+    (lambda rng, difficulty: tasks.choice_lesson(rng, difficulty, ("IMG",)), 0.16),
 )
 
 
@@ -60,7 +60,7 @@ class TrainSettings:
     seed: int = 0
     steps: int = 7500
     batch_size: int = 48
-    text_only_every: int = 6
+    text_only_every: int = 4
     learning_rate: float = 1.5e-3
     warmup_steps: int = 200
     curriculum: tuple[int, int] = (400, 1867)
@@ -91,7 +91,7 @@ class CurvePoint:
     exact_match_percent: float | None = None
 
 
-def collate(examples: Sequence[Example], tokenizer, device: str = "cpu") -> TrainBatch:
+def collate(examples: Sequence[Example], tokenizer: PreTrainedTokenizerFast, device: str = "cpu") -> TrainBatch:
     """Examples that all have an image, or all have none, as one right-padded batch."""
     rows, labels = [], []
     for example in examples:
@@ -112,8 +112,7 @@ def make_examples(settings: TrainSettings, step: int) -> list[Example]:
     rng = Random(f"train-{settings.seed}-{step}")
     difficulty = settings.difficulty_at(step)
     if step % settings.text_only_every == settings.text_only_every - 1:
-        contexts = ("TXT", "NO")
-        return [tasks.scienceqa(rng, difficulty, context=rng.choice(contexts)) for _ in range(2 * settings.batch_size)]
+        return [tasks.choice_lesson(rng, difficulty, ("TXT", "NO")) for _ in range(2 * settings.batch_size)]
     makers, weights = zip(*MIXTURE, strict=True)
     share = _ramp(step, settings.blend)
     chosen = [
@@ -125,7 +124,7 @@ def make_examples(settings: TrainSettings, step: int) -> list[Example]:
 
 @torch.no_grad()
 def exact_match(
-    model: Qwen2VLForConditionalGeneration, tokenizer, examples: Sequence[Example], device: str
+    model: Qwen2VLForConditionalGeneration, tokenizer: PreTrainedTokenizerFast, examples: Sequence[Example], device: str
 ) -> list[bool]:
     """Greedy exact match per example: every answer token is the argmax behind the right ones before it."""
     batch = collate(examples, tokenizer, device)

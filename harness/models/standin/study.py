@@ -1,0 +1,150 @@
+"""What makes the stand-in hard: activation ranges by modality, Eq. 9 margins, and scores with each ingredient left out.
+
+Scores here are greedy exact match on the shipped benchmark items, found by one forward pass over the right answer
+(every answer token is the argmax behind the right ones before it). They differ from VLMEvalKit's metrics, which
+``mqbench eval`` uses, where those give points for partly right answers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast, Qwen2VLForConditionalGeneration
+
+from mqbench.harness import discover
+from mqbench.harness.models.qwen2_vl import qwen2_vl_layout
+from mqbench.harness.models.standin.benchmarks import BENCHMARKS, example_stream
+from mqbench.harness.models.standin.build import load_run, measured_batches, text_channels_of
+from mqbench.harness.models.standin.harden import Hardness, harden
+from mqbench.harness.models.standin.objective import GRID, PATCH_PX
+from mqbench.harness.models.standin.tasks import Example
+from mqbench.harness.models.standin.train import collate
+from mqbench.harness.quant.scheme import Recipe
+from mqbench.harness.quant.session import Batch, QuantReport
+
+BATCH_SIZE = 32
+CALIBRATION_PER_BENCHMARK = 52
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One quantization to score."""
+
+    label: str
+    method: str
+    vision: str
+    text: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+SETTINGS = (
+    Setting("RTN", "rtn", "w4a8", "w4a8"),
+    Setting("SmoothQuant", "smoothquant", "w4a8", "w4a8"),
+    Setting("QuaRot", "quarot", "w4a8", "w4a8"),
+    Setting("QuaRot + MSQ", "mquant", "w4a8", "w4a8", {"rms": False}),
+    Setting("QuaRot + RMS", "mquant", "w4a8", "w4a8", {"msq": False}),
+    Setting("MQuant", "mquant", "w4a8", "w4a8"),
+    Setting("MQuant, per-token dynamic", "mquant", "w4a8", "w4a8", {"activations": "token"}),
+    Setting("W4 GPTQ, float activations", "mquant", "w4a16", "w4a16"),
+)
+VARIANTS: Mapping[str, dict[str, Any]] = {
+    "as shipped": {},
+    "no outlier channels": {"outlier_gain": (1.0, 1.0)},
+    "no modality gap": {"modality_gap": 0.0},
+    "neither": {"outlier_gain": (1.0, 1.0), "modality_gap": 0.0},
+}
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Model inputs with the answers' labels (B, T), -100 outside them."""
+
+    batch: Batch
+    labels: Tensor
+
+
+def model_inputs(
+    examples: Sequence[Example], tokenizer: PreTrainedTokenizerFast, model: Qwen2VLForConditionalGeneration
+) -> Scored:
+    """Examples that all have an image, or all have none, as transformers' inputs (right-padded)."""
+    made = collate(examples, tokenizer)
+    last = (made.labels != -100).long().cumsum(1).argmax(1)
+    mask = (torch.arange(made.input_ids.shape[1]) <= last[:, None]).long()
+    batch: dict[str, Tensor] = {"input_ids": made.input_ids, "attention_mask": mask}
+    if made.patches is not None:
+        count = len(examples)
+        frames = made.patches.view(count, -1, 3, PATCH_PX**2)
+        batch["pixel_values"] = torch.stack([frames, frames], dim=3).flatten(2).flatten(0, 1)
+        batch["image_grid_thw"] = torch.tensor([[1, *GRID]] * count)
+        batch["mm_token_type_ids"] = (made.input_ids == model.config.image_token_id).int()
+    return Scored(batch, made.labels)
+
+
+def batches_of(
+    examples: Iterable[Example], tokenizer: PreTrainedTokenizerFast, model: Qwen2VLForConditionalGeneration
+) -> list[Scored]:
+    """Batches of examples with and of examples without an image."""
+    listed = list(examples)
+    kinds = ([e for e in listed if e.image is not None], [e for e in listed if e.image is None])
+    groups = [kind[start : start + BATCH_SIZE] for kind in kinds for start in range(0, len(kind), BATCH_SIZE)]
+    return [model_inputs(group, tokenizer, model) for group in groups]
+
+
+@torch.no_grad()
+def exact_match_percent(model: Qwen2VLForConditionalGeneration, scored: Sequence[Scored]) -> float:
+    """Percent of rows whose whole answer is the greedy one."""
+    hits: list[bool] = []
+    for item in scored:
+        predicted = model(**item.batch).logits[:, :-1].argmax(-1)
+        wanted = item.labels[:, 1:]
+        hits += ((predicted == wanted) | (wanted == -100)).all(1).tolist()
+    return 100 * sum(hits) / len(hits)
+
+
+class Study:
+    """A finished training run, ready to be hardened and quantized again and again."""
+
+    def __init__(self, run: Path, hardness: Hardness | None = None) -> None:
+        trained = load_run(run)
+        self.run = run
+        self.hardness = hardness or Hardness()
+        self.plain, self.tokenizer = trained.model.eval().requires_grad_(False), trained.tokenizer
+        self.training, self.curve = trained.settings, trained.curve
+        self.layout = qwen2_vl_layout(self.plain)
+        self.benchmarks = {
+            entry.name: self._batches(islice(example_stream(entry, "benchmark", 0), entry.num_items))
+            for entry in BENCHMARKS
+        }
+        drawn = [
+            example
+            for entry in BENCHMARKS
+            for example in islice(example_stream(entry, "calibration", 0), CALIBRATION_PER_BENCHMARK)
+        ]
+        self.calibration = [item.batch for item in self._batches(drawn)]
+
+    def _batches(self, examples: Iterable[Example]) -> list[Scored]:
+        return batches_of(examples, self.tokenizer, self.plain)
+
+    def hardened(self, **changes: Any) -> Qwen2VLForConditionalGeneration:
+        """A fresh model with the study's hardness, some ingredients changed."""
+        model = load_run(self.run).model
+        harden(model, replace(self.hardness, **changes), measured_batches(self.tokenizer), text_channels_of(model))
+        return model.eval().requires_grad_(False)
+
+    def quantized(
+        self, model: Qwen2VLForConditionalGeneration, setting: Setting
+    ) -> tuple[Qwen2VLForConditionalGeneration, QuantReport]:
+        """``model``, quantized in place."""
+        recipe = Recipe(setting.method, setting.vision, setting.text, 0, setting.options)
+        return model, discover.find_method(setting.method).quantize(model, self.layout, recipe, self.calibration)
+
+    def score(self, model: Qwen2VLForConditionalGeneration) -> float:
+        """Exact match in percent, averaged over the benchmarks."""
+        scores = [exact_match_percent(model, items) for items in self.benchmarks.values()]
+        return sum(scores) / len(scores)
