@@ -15,7 +15,6 @@ from mqbench.harness.store import DEFAULT_OUT, DamagedLineWarning
 
 EXIT_FAILED_CELLS = 1
 EXIT_BAD_REQUEST = 2
-EXIT_INTERRUPTED = 130
 STANDIN_COMMANDS = "mqbench.harness.models.standin.commands"
 
 app = typer.Typer(

@@ -13,6 +13,7 @@ from rich.table import Table
 
 from mqbench.harness.errors import RequestError
 from mqbench.harness.estimate import estimate_s, num_workers
+from mqbench.harness.listing import PIPE_WIDTH
 from mqbench.harness.plan import Plan, Request, expand
 from mqbench.harness.progress import ProgressView, duration_text
 from mqbench.harness.record import Record
@@ -23,8 +24,6 @@ from mqbench.harness.table import load_spec, render
 
 EXIT_INTERRUPTED = 130
 MAIN_TABLE = 3
-PIPE_WIDTH = 200
-"""Columns of a table that goes to a file or another program."""
 
 
 def run_eval(request: Request, *, as_json: bool, dry_run: bool) -> bool:

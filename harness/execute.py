@@ -12,10 +12,11 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from mqbench.harness import discover, environment
-from mqbench.harness.errors import DatasetError, MQBenchError
+from mqbench.harness.errors import DatasetError, MissingWeightsError, MQBenchError
 from mqbench.harness.plan import Group, Request
 from mqbench.harness.record import Cell, Record, Sample, Status
 from mqbench.harness.select import FLOAT_METHOD
+from mqbench.harness.sources import current_hash
 from mqbench.harness.store import PartialAnswers, RecordStore
 
 if TYPE_CHECKING:
@@ -116,7 +117,10 @@ class Executor:
         """The float model of a group."""
         import torch
 
-        adapter = discover.find_model(group.source.model)
+        source = group.source
+        if current_hash(source.weights, source.quantized) != source.weights_sha256:
+            raise MissingWeightsError(f"'{source.weights}' changed while the run was under way; run again")
+        adapter = discover.find_model(source.model)
         return adapter.load(group.source.weights, self.device, getattr(torch, self.request.torch_dtype))
 
     def _load_quantized(self, loaded: LoadedModel, group: Group) -> None:

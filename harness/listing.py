@@ -13,6 +13,7 @@ from mqbench.harness import discover
 from mqbench.harness.errors import MQBenchError, PluginError
 
 PIPE_WIDTH = 200
+"""Columns of a table that goes to a file or another program."""
 
 
 def list_models(models_dir: Path | None) -> None:

@@ -125,7 +125,8 @@ def expand(request: Request) -> Plan:
     store.prepare()
     sources = find_sources(request.models, request.models_dir)
     data = load_data(request)
-    calibration = load_calibration_set(request, needs_calibration(methods, bits))
+    quantizes = any(source.recipe is None and not source.only_baseline for source in sources.found)
+    calibration = load_calibration_set(request, quantizes and needs_calibration(methods, bits))
     check_overlap(data, calibration, sources.found)
     inputs = _Inputs(methods, bits, data, calibration, device)
     groups = [group for source in sources.found for group in _groups_of(source, request, inputs)]
@@ -251,6 +252,8 @@ def _groups_of(source: Source, request: Request, inputs: _Inputs) -> list[Group]
         return [_group(source, source.recipe, version, calibration, request, inputs)]
     float_version = discover.method_version(discover.find_method(FLOAT_METHOD))
     groups = [_group(source, FLOAT_RECIPE, float_version, None, request, inputs)]
+    if source.only_baseline:
+        return groups
     info = None if inputs.calibration is None else calibration_info(inputs.calibration)
     for vision, text in inputs.bits:
         for method in inputs.methods:

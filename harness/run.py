@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
-from typing import Any, Protocol
+from typing import Protocol
 
 from mqbench.harness.estimate import num_threads, num_workers
 from mqbench.harness.execute import EVALUATOR, Advanced, Executor, Finished, failure, now
@@ -24,6 +24,9 @@ from mqbench.harness.store import RecordStore
 
 MAX_ATTEMPTS = 2
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
+WORKER_VARIABLES = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+"""A run asks no network, and tokenizers start no threads of their own."""
+
 JOIN_S = 5.0
 
 
@@ -233,17 +236,18 @@ def _start(settings: WorkerSettings) -> _Worker:
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     process = context.Process(target=serve, args=(theirs, settings), daemon=True, name="mqbench-worker")
-    with _thread_limit(settings.threads):
+    with _worker_environment(settings.threads):
         process.start()
     theirs.close()
     return _Worker(settings, process, ours)
 
 
 @contextlib.contextmanager
-def _thread_limit(threads: int) -> Iterator[None]:
-    """Environment of a worker while it starts: libraries read these when they are imported."""
-    before: dict[str, Any] = {name: os.environ.get(name) for name in THREAD_VARIABLES}
-    os.environ |= dict.fromkeys(THREAD_VARIABLES, str(threads))
+def _worker_environment(threads: int) -> Iterator[None]:
+    """Environment variables of a worker while it starts: libraries read these when they are imported."""
+    wanted = dict.fromkeys(THREAD_VARIABLES, str(threads)) | WORKER_VARIABLES
+    before = {name: os.environ.get(name) for name in wanted}
+    os.environ |= wanted
     try:
         yield
     finally:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from mqbench.harness.errors import TableError
@@ -22,10 +22,10 @@ SCOPES: Mapping[str, tuple[str, ...]] = {
     "dtype": (),
     "batch_size": (),
     "backend": (),
-    "recipe.seed": (),
-    "calibration.split": (),
-    "calibration.num_samples": (),
-    "calibration.seed": (),
+    "recipe.seed": ("model",),
+    "calibration.split": ("model",),
+    "calibration.num_samples": ("model",),
+    "calibration.seed": ("model",),
     "data_sha256": ("task",),
     "weights_sha256": ("model",),
     "method_version": ("method",),
@@ -108,10 +108,13 @@ def _check_filter_names(records: Iterable[Record], filters: Mapping[str, Any]) -
 def _check_scopes(records: Sequence[Record]) -> None:
     rows = [settings_of(record) for record in records]
     for name, scope in SCOPES.items():
-        values = _grouped(rows, lambda row, scope=scope: tuple(row[part] for part in scope), name)
+        values: dict[tuple[str, ...], set[str]] = defaultdict(set)
+        for row in rows:
+            if name in row:
+                values[tuple(row[part] for part in scope)].add(_shown(row[name]))
         for where, found in values.items():
             if len(found) > 1:
-                raise _mixed(name, found, where)
+                raise _mixed(name, sorted(found), where)
 
 
 def _check_positions(records: Sequence[Record]) -> None:
@@ -124,16 +127,6 @@ def _check_positions(records: Sequence[Record]) -> None:
         for name in sorted(row.keys() | other.keys()):
             if row.get(name) != other.get(name):
                 raise _mixed(name, [_shown(other.get(name)), _shown(row.get(name))], place)
-
-
-def _grouped(
-    rows: Sequence[Settings], scope: Callable[[Settings], tuple[str, ...]], name: str
-) -> dict[tuple[str, ...], list[str]]:
-    values: dict[tuple[str, ...], list[str]] = defaultdict(list)
-    for row in rows:
-        if name in row and (shown := _shown(row[name])) not in values[scope(row)]:
-            values[scope(row)].append(shown)
-    return values
 
 
 def _shown(value: Any) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -70,6 +70,7 @@ class Source:
         quantized: Folder written by ``mqbench quantize``, or None.
         recipe: How that folder was quantized.
         provenance: What is known about it.
+        only_baseline: Nobody asked for this model, but a quantized one is compared to it.
     """
 
     model: str
@@ -78,6 +79,7 @@ class Source:
     quantized: Path | None = None
     recipe: Recipe | None = None
     provenance: Provenance | None = None
+    only_baseline: bool = False
 
     @property
     def label(self) -> str:
@@ -105,7 +107,9 @@ def find_sources(names: Sequence[str], models_dir: Path | None) -> Sources:
     missing: dict[str, str] = {}
     for name in names:
         for source in _all_sources(models_dir, missing) if name == ALL else _named_sources(name, models_dir):
-            found.setdefault((source.model, source.quantized), source)
+            key = source.model, source.quantized
+            if key not in found or found[key].only_baseline:
+                found[key] = source
     if not found:
         hints = "; ".join(f"{name}: {how}" for name, how in missing.items())
         raise MissingWeightsError(
@@ -137,8 +141,10 @@ def _named_sources(name: str, models_dir: Path | None) -> list[Source]:
     saved = read_saved(folder)
     base = float_source(discover.find_model(saved.base_model), models_dir)
     _check_finite(folder)
-    sha256 = combined_hash(base.weights_sha256, folder_hash(folder))
-    return [base, Source(base.model, base.weights, sha256, folder, saved.recipe, Provenance.read(folder))]
+    provenance = Provenance.read(folder)
+    sha256 = current_hash(base.weights, folder)
+    quantized = Source(base.model, base.weights, sha256, folder, saved.recipe, provenance)
+    return [replace(base, only_baseline=True), quantized]
 
 
 def is_quantized_folder(folder: Path) -> bool:
@@ -158,9 +164,15 @@ def float_source(adapter: ModelAdapter, models_dir: Path | None) -> Source:
     return _float_source(adapter.name, weights)
 
 
+def current_hash(weights: Path, quantized: Path | None = None) -> str:
+    """Fingerprint of the files as they are now."""
+    sha256 = folder_hash(weights)
+    return sha256 if quantized is None else combined_hash(sha256, folder_hash(quantized))
+
+
 def _float_source(name: str, weights: Path) -> Source:
     _check_finite(weights)
-    return Source(name, weights, folder_hash(weights))
+    return Source(name, weights, current_hash(weights))
 
 
 def _check_finite(folder: Path) -> None:

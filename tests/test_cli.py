@@ -7,13 +7,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from fakes import plugin
 from fakes.plugin import Workplace, make_workplace, write_tsv
-from mqbench.harness import cli, commands
+from mqbench.harness import cli, commands, export
 from mqbench.harness.execute import Advanced, Executor, Finished
 from mqbench.harness.plan import Plan
 from mqbench.harness.progress import duration_text
@@ -44,6 +45,7 @@ def run_here(plan: Plan, view: View) -> Outcome:
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Workplace:
     monkeypatch.setattr(commands, "run_plan", run_here)
+    monkeypatch.setattr(export, "Executor", partial(Executor, evaluator="fakes.plugin"))
     return make_workplace(tmp_path, monkeypatch)
 
 
@@ -269,6 +271,53 @@ def test_interrupting_says_how_to_go_on(place: Workplace, mqbench: Run, monkeypa
     code, out, err = mqbench("eval", *place.arguments)
     assert (code, out) == (130, "")
     assert "the same command goes on" in err
+
+
+def quantize(place: Workplace, mqbench: Run, folder: Path, *options: str) -> tuple[int, str, str]:
+    common = ["quantize", "--model=fake-model", "--method=good", f"--models-dir={place.models}", f"--out={folder}"]
+    return mqbench(*common, f"--data-dir={place.data}", "--calib-samples=4", *options)
+
+
+def test_eval_takes_a_quantized_folder_and_its_baseline(place: Workplace, mqbench: Run) -> None:
+    folder = place.root / "mine"
+    code, out, _ = quantize(place, mqbench, folder)
+    assert code == 0
+    assert f"mqbench eval --models {folder}" in out
+    plugin.logged()
+    code, out, _ = mqbench("eval", *place.arguments, f"--models={folder}", "--json")
+    assert code == 0
+    records = [
+        (record["cell"]["model"], record["cell"]["recipe"]["method"], record["score"]) for record in json.loads(out)
+    ]
+    assert records == [("fake-model", "none", 100.0)] * 2 + [("fake-model@mine", "good", 75.0)] * 2
+    assert plugin.logged("quantize") == []
+    _, out, _ = mqbench("table", "3", f"--out={place.out}")
+    assert "75.00 (-25.00)" in out
+
+
+def test_a_quantized_folder_stands_beside_methods_run_directly(place: Workplace, mqbench: Run) -> None:
+    quantize(place, mqbench, place.root / "mine", "--seed=1", "--calib-samples=3")
+    code, out, _ = mqbench("eval", *place.arguments, f"--models=fake-model,{place.root / 'mine'}", "--methods=good")
+    assert code == 0
+    assert "fake-model@mine" in out
+    assert "3 samples" in out
+    assert "4 samples" in out
+
+
+def test_a_folder_calibrated_on_evaluated_rows_is_refused(place: Workplace, mqbench: Run) -> None:
+    quantize(place, mqbench, place.root / "mine", "--calib-samples=8")
+    write_tsv(place.data / "TextVQA_VAL.tsv", ["calibrated DocVQA_VAL 2", "new 1"])
+    code, _, err = mqbench("eval", *place.arguments, f"--models={place.root / 'mine'}")
+    assert code == 2
+    assert_one_line(err, "was calibrated on 1 evaluated row(s)")
+
+
+def test_a_damaged_quantized_folder_is_one_line(place: Workplace, mqbench: Run) -> None:
+    quantize(place, mqbench, place.root / "mine")
+    (place.root / "mine" / "provenance.json").write_text("{")
+    code, _, err = mqbench("eval", *place.arguments, f"--models={place.root / 'mine'}")
+    assert code == 2
+    assert_one_line(err, "run 'mqbench quantize' again")
 
 
 def test_quantize_refuses_what_makes_no_sense(place: Workplace, mqbench: Run) -> None:

@@ -194,6 +194,14 @@ def test_changed_data_during_a_run_fails_the_cell(place: Workplace) -> None:
     assert [reason for reason in view.failed.values() if "changed while the run" in reason]
 
 
+def test_changed_weights_during_a_run_fail_the_group(place: Workplace) -> None:
+    plan, view = make_plan(place), ListView()
+    (place.models / "fake-model" / "config.json").write_text("{}")
+    Executor(plan.request, "cpu", view.take, FAKE_EVALUATOR).run_group(plan.groups[0])
+    assert len(view.failed) == 2
+    assert all("changed while the run was under way" in reason for reason in view.failed.values())
+
+
 def test_partial_answers_of_a_killed_run_are_used(place: Workplace) -> None:
     plan = make_plan(place)
     RecordStore(place.out).partial(plan.cells[0].key).append({"1": "kept", "2": "kept"})

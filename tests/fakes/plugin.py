@@ -23,7 +23,8 @@ from torch import nn
 from mqbench.harness.errors import MissingWeightsError
 from mqbench.harness.models.adapter import LoadedModel
 from mqbench.harness.quant.layout import Layout, Norm, NormKind, Part, Tower
-from mqbench.harness.quant.session import QuantReport
+from mqbench.harness.quant.linear import wrap_linears
+from mqbench.harness.quant.session import LayerReport, QuantReport
 
 CONTROL = "FAKE_PLUGIN_CONTROL"
 ENTRY_POINTS = """
@@ -99,8 +100,12 @@ class FakeMethod:
         log(f"quantize {self.name} {recipe.bits} {sum(len(batch['answers']) for batch in batches)}")
         if control(f"refuse-{self.name}").exists():
             raise ValueError("cannot\nquantize this")
+        linears = wrap_linears(model, list(layout.quantized_linears()))
         model.method = self.name
-        return QuantReport()
+        return QuantReport({name: LayerReport(name, layout.quantized_linears()[name]) for name in linears})
+
+    def restore(self, model: Any, layout: Layout, recipe: Any, context: Any) -> None:
+        model.method = recipe.method
 
 
 ADAPTERS = [FakeAdapter("fake-model"), FakeAdapter("absent-model")]
