@@ -56,10 +56,6 @@ class ModelAdapter(Protocol):
         """
         ...
 
-    def messages(self, dataset: Any, row: Any) -> Message:
-        """The prompt of one dataset row, as VLMEvalKit's own wrapper of this family builds it."""
-        ...
-
     def encode(self, loaded: LoadedModel, messages: Sequence[Message], answers: Sequence[str] | None = None) -> Batch:
         """Left-padded inputs of a batch of prompts, on the model's device; with ``answers``, answer tokens are appended."""
         ...

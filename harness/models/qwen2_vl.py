@@ -150,10 +150,6 @@ class Qwen2VLAdapter:
         layout.check(model)
         return LoadedModel(self.name, model.to(device).eval().requires_grad_(False), processor, layout)
 
-    def messages(self, dataset: Any, row: Any) -> Message:
-        """The prompt that ``dataset`` (VLMEvalKit's, or its Qwen2-VL prompt mixin) builds, tagged for ``encode``."""
-        return [{**item, "dataset": dataset.dataset_name} for item in dataset.build_prompt(row)]
-
     def encode(self, loaded: LoadedModel, messages: Sequence[Message], answers: Sequence[str] | None = None) -> Batch:
         """Left-padded inputs of a batch of prompts on the model's device; rows may hold any number of images.
 

@@ -143,18 +143,38 @@ def answer_entropy(logits: Tensor, labels: Tensor) -> Tensor:
 
     Shapes: logits (B, T, vocabulary), labels (B, T) with -100 outside answers.
     """
-    targets = labels[:, 1:]
-    each = F.cross_entropy(logits[:, :-1].float().transpose(1, 2), targets, ignore_index=-100, reduction="none")
-    return (each.sum(1) / (targets != -100).sum(1)).mean()
+    return _masked_entropy(logits, labels, labels != -100)
+
+
+def prompt_entropy(logits: Tensor, batch: TrainBatch) -> Tensor:
+    """The same over the question's tokens: what a question names is mostly in the picture or in the text before it.
+
+    Guessing the name of the shape in "Is there a ..." from the picture teaches the match that a yes or no needs.
+    """
+    start = IMAGE_START + NUM_VISUAL_TOKENS + 1 if batch.patches is not None else IMAGE_START - 1
+    positions = torch.arange(batch.input_ids.shape[1], device=logits.device)
+    answer_start = (batch.labels != -100).long().argmax(1)
+    return _masked_entropy(logits, batch.input_ids, (positions >= start) & (positions < answer_start[:, None]))
+
+
+def _masked_entropy(logits: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
+    each = F.cross_entropy(logits[:, :-1].float().transpose(1, 2), tokens[:, 1:].clamp_min(0), reduction="none")
+    counted = mask[:, 1:]
+    return ((each * counted).sum(1) / counted.sum(1).clamp_min(1)).mean()
 
 
 def training_loss(
-    model: Qwen2VLForConditionalGeneration, batch: TrainBatch, penalty_weight: float, text_channels: int
+    model: Qwen2VLForConditionalGeneration,
+    batch: TrainBatch,
+    prompt_weight: float,
+    penalty_weight: float,
+    text_channels: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(loss, answer cross entropy, penalty); the penalty counts only where visual and text tokens meet."""
     logits, activations = logits_and_activations(model, batch)
     entropy = answer_entropy(logits, batch.labels)
+    loss = entropy + prompt_weight * prompt_entropy(logits, batch)
     if batch.patches is None:
-        return entropy, entropy.detach(), entropy.new_zeros(())
+        return loss, entropy.detach(), entropy.new_zeros(())
     penalty = specialisation_penalty(activations, text_channels)
-    return entropy + penalty_weight * penalty, entropy.detach(), penalty.detach()
+    return loss + penalty_weight * penalty, entropy.detach(), penalty.detach()

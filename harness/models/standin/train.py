@@ -53,20 +53,22 @@ class TrainSettings:
         curriculum: (first, last) step of the widening from one font in fixed cells to full variety.
         blend: (first, last) step of the change from the first reading lesson to the full mixture of tasks.
         fc2_mean: Ingredient "large fc2 mean", in standard deviations; 0 leaves it out.
+        prompt_weight: Share of the question's own tokens in the loss.
         penalty_weight: Ingredient "modality-specialised MLP channels"; 0 leaves it out.
         bfloat16: Autocast matrix products to bfloat16 (weights and optimizer stay in float32).
     """
 
     seed: int = 0
-    steps: int = 7500
+    steps: int = 8000
     batch_size: int = 48
-    text_only_every: int = 4
+    text_only_every: int = 3
     learning_rate: float = 1.5e-3
     warmup_steps: int = 200
     curriculum: tuple[int, int] = (400, 1867)
     blend: tuple[int, int] = (300, 1300)
     weight_decay: float = 0.02
     clip_norm: float = 1.0
+    prompt_weight: float = 0.5
     fc2_mean: float = 0.3
     penalty_weight: float = 0.3
     bfloat16: bool = True
@@ -204,7 +206,8 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = settings.learning_rate_at(self.step)
         with torch.autocast(torch.device(self.device).type, torch.bfloat16, enabled=settings.bfloat16):
-            loss, entropy, penalty = training_loss(self.model, batch, settings.penalty_weight, self.text_channels)
+            weights = (settings.prompt_weight, settings.penalty_weight)
+            loss, entropy, penalty = training_loss(self.model, batch, *weights, self.text_channels)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), settings.clip_norm)
