@@ -71,14 +71,15 @@ def evaluate(
 ) -> None:
     """Run every model x method x bits x benchmark, then print Table 3.
 
-    One record per cell goes to OUT/records.jsonl at once; cells that have an ok record with the very same settings are
-    not run again. Exit code 1: some cells failed. Exit code 2: the request was wrong and nothing ran.
+    One record per cell goes to OUT/records.jsonl as soon as it is done.
+    Cells with an ok record of the very same settings are not run again.
+    Exit code 1: some cells failed; 2: a wrong request, nothing ran.
 
     Examples:
 
-      mqbench eval                                          the whole of Table 3
+      mqbench eval
 
-      mqbench eval --methods mquant --bits w4a8 --limit 20  a quick look at one method
+      mqbench eval --methods mquant --bits w4a8 --limit 20
 
       mqbench eval --models qwen2-vl-7b --models-dir /data --device cuda
     """

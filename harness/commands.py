@@ -11,6 +11,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from mqbench.harness.environment import ROOT
 from mqbench.harness.errors import RequestError
 from mqbench.harness.estimate import estimate_s, num_workers
 from mqbench.harness.listing import PIPE_WIDTH
@@ -24,6 +25,7 @@ from mqbench.harness.table import load_spec, render
 
 EXIT_INTERRUPTED = 130
 MAIN_TABLE = 3
+SHIPPED_RECORDS = ROOT / "results" / "records"
 
 
 def run_eval(request: Request, *, as_json: bool, dry_run: bool) -> bool:
@@ -99,7 +101,7 @@ def _print_overview(plan: Plan, notes: Console) -> None:
         notes.print(f"left out {name}: {how_to_get}", markup=False, highlight=False, soft_wrap=True)
     done = len(plan.cells) - plan.num_to_run
     workers = num_workers(plan)
-    seconds = estimate_s(plan, workers)
+    seconds = estimate_s(plan, workers, RecordStore(SHIPPED_RECORDS).load())
     time = "no earlier run to estimate from" if seconds is None else f"about {duration_text(seconds)}"
     rest = f"; {workers} worker(s), {time}" if plan.num_to_run else ""
     text = f"{len(plan.cells)} cells: {done} done, {plan.num_to_run} to run{rest}"

@@ -30,24 +30,32 @@ class Speed:
     quantize_s: float
 
 
-def estimate_s(plan: Plan, workers: int) -> float | None:
-    """Seconds that a plan will take; None when a model has no earlier record to judge from."""
-    speeds = measured_speeds(plan.records.values())
-    if any(group.source.label not in speeds for group in plan.groups):
+def estimate_s(plan: Plan, workers: int, shipped: Iterable[Record] = ()) -> float | None:
+    """Seconds that a plan will take; None when a model never ran on this kind of device.
+
+    Args:
+        plan: What will run; its own folder's records count first.
+        workers: Processes that share the work.
+        shipped: Records of other machines of the same kind, for models without any of their own.
+    """
+    speeds = measured_speeds(shipped) | measured_speeds(plan.records.values())
+    keyed = [((group.source.label, group.cells[0].device), group) for group in plan.groups]
+    if any(key not in speeds for key, _ in keyed):
         return None
-    total = sum(_group_s(group, plan, speeds[group.source.label]) for group in plan.groups)
+    total = sum(_group_s(group, plan, speeds[key]) for key, group in keyed)
     return total / max(1, min(workers, len(plan.groups)))
 
 
-def measured_speeds(records: Iterable[Record]) -> dict[str, Speed]:
-    """Medians over the ok records of each model."""
+def measured_speeds(records: Iterable[Record]) -> dict[tuple[str, str], Speed]:
+    """Medians over the ok records of each model on each kind of device."""
     rows, quantizations = defaultdict(list), defaultdict(list)
     for record in records:
+        key = record.cell.model, record.cell.device
         if record.ok and record.samples:
-            rows[record.cell.model].append(record.duration_s / len(record.samples))
+            rows[key].append(record.duration_s / len(record.samples))
         if record.ok and record.cell.calibration is not None:
-            quantizations[record.cell.model].append(record.quantize_s)
-    return {name: Speed(median(values), median(quantizations[name] or [0.0])) for name, values in rows.items()}
+            quantizations[key].append(record.quantize_s)
+    return {key: Speed(median(values), median(quantizations[key] or [0.0])) for key, values in rows.items()}
 
 
 def num_workers(plan: Plan) -> int:

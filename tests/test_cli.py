@@ -45,6 +45,7 @@ def run_here(plan: Plan, view: View) -> Outcome:
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Workplace:
     monkeypatch.setattr(commands, "run_plan", run_here)
+    monkeypatch.setattr(commands, "SHIPPED_RECORDS", tmp_path / "shipped")
     monkeypatch.setattr(export, "Executor", partial(Executor, evaluator="fakes.plugin"))
     return make_workplace(tmp_path, monkeypatch)
 
@@ -84,7 +85,7 @@ def test_every_command_has_help(mqbench: Run, command: str) -> None:
 def test_help_of_eval_shows_examples_line_by_line(mqbench: Run) -> None:
     _, out, _ = mqbench("eval", "--help")
     lines = [line.strip(" │") for line in out.splitlines()]
-    assert any(line.startswith("mqbench eval --methods mquant --bits w4a8 --limit 20") for line in lines)
+    assert "mqbench eval --methods mquant --bits w4a8 --limit 20" in lines
 
 
 ERRORS = [

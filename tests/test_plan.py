@@ -198,6 +198,14 @@ def test_estimate_comes_from_earlier_records(place: Workplace) -> None:
     assert estimate_s(plan, 2) == pytest.approx((rows * 2.0 + 4 * 7.0) / 2)
 
 
+def test_estimate_falls_back_on_shipped_records_of_the_same_kind_of_device(place: Workplace) -> None:
+    plan = expand(request_in(place))
+    shipped = make_record(plan.cells[0], duration_s=4.0)
+    elsewhere = dataclasses.replace(shipped, cell=dataclasses.replace(plan.cells[0], device="NVIDIA H100"))
+    assert estimate_s(plan, 1, [elsewhere]) is None
+    assert estimate_s(plan, 1, [elsewhere, shipped]) == pytest.approx(10 * 4 * 2.0)
+
+
 def test_no_more_workers_than_groups(place: Workplace) -> None:
     plan = expand(request_in(place, methods=("good",), bits=("w4a8",), jobs=16))
     assert num_workers(plan) == 2
