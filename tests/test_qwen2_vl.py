@@ -360,15 +360,6 @@ def test_released_models_take_vlmevalkits_limits_and_the_standin_its_own(loaded)
         assert standin.pixel_limits(loaded.processor, dataset) == PixelLimits(MIN_PX, MAX_PX)
 
 
-class OneImageDataset:
-    """What the adapter needs of VLMEvalKit's dataset objects."""
-
-    dataset_name = "OCRBench"
-
-    def build_prompt(self, row: str) -> Message:
-        return message(row, "Read.")
-
-
 def test_dataset_name_reaches_the_pixel_limits(loaded, tmp_path):
     path = write_image(tmp_path / "image.png", 300, 200)
     real = dataclasses.replace(adapter_named("qwen2-vl-7b"), name="tiny")
@@ -378,7 +369,8 @@ def test_dataset_name_reaches_the_pixel_limits(loaded, tmp_path):
         return int((real.encode(loaded, [prompt])["input_ids"] == loaded.layout.image_token_id).sum())
 
     rows, columns = fit_size(200, 300, factor, PixelLimits(100 * 28 * 28, 16384 * 28 * 28))
-    assert num_tokens(real.messages(OneImageDataset(), path)) == rows * columns // factor**2
+    tagged = [{**item, "dataset": "OCRBench"} for item in message(path, "Read.")]
+    assert num_tokens(tagged) == rows * columns // factor**2
     rows, columns = fit_size(200, 300, factor, PixelLimits(1280 * 28 * 28, 16384 * 28 * 28))
     assert num_tokens(message(path, "Read.")) == rows * columns // factor**2
 

@@ -57,7 +57,7 @@ class ModelAdapter(Protocol):
         ...
 
     def encode(self, loaded: LoadedModel, messages: Sequence[Message], answers: Sequence[str] | None = None) -> Batch:
-        """Left-padded inputs of a batch of prompts, on the model's device; with ``answers``, answer tokens are appended."""
+        """Left-padded inputs of a batch of prompts on the model's device; ``answers``' tokens follow the prompts."""
         ...
 
     def generate(self, loaded: LoadedModel, batch: Batch, max_new_tokens: int) -> list[str]:
