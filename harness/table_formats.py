@@ -83,7 +83,7 @@ def to_latex(frame: Frame, width: int = 0) -> str:
     columns = frame.spec.columns
     lines = [
         r"\begin{table}",
-        rf"\caption{{{_tex(frame.caption)}}}",
+        rf"\caption{{{_tex(frame.caption.removeprefix(f'Table {frame.spec.number}. '))}}}",  # LaTeX numbers it
         rf"\begin{{tabular}}{{{'l' * len(frame.spec.rows)}{'r' * len(columns)}}}",
         r"\toprule",
         _tex_line([*frame.spec.rows, *(column.header for column in columns)]),

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 from pathlib import Path
 from random import Random
 
 import pytest
 import torch
+
 from mqbench.harness.models.standin import tasks, vocabulary
 from mqbench.harness.models.standin.architecture import Size, build_config, build_model
 from mqbench.harness.models.standin.benchmarks import BENCHMARKS, NO_IMAGE, write_benchmarks
@@ -16,13 +18,17 @@ from mqbench.harness.models.standin.harden import Hardness, harden
 from mqbench.harness.models.standin.objective import (
     IMAGE_START,
     NUM_VISUAL_TOKENS,
+    answer_entropy,
     logits_and_activations,
+    prompt_entropy,
     specialisation_penalty,
 )
 from mqbench.harness.models.standin.tokenizer import build_tokenizer, render_prompt
 from mqbench.harness.models.standin.train import Trainer, TrainSettings, collate, exact_match, make_examples
 
-TINY = TrainSettings(steps=4, batch_size=4, text_only_every=3, warmup_steps=2, curriculum=(0, 2), blend=(0, 1), bfloat16=False)
+TINY = TrainSettings(
+    steps=4, batch_size=4, text_only_every=3, warmup_steps=2, curriculum=(0, 2), blend=(0, 1), bfloat16=False
+)
 MAKERS = {
     "textvqa": tasks.textvqa,
     "docvqa": tasks.docvqa,
@@ -162,7 +168,9 @@ def test_outlier_channels_stand_out(model, tokenizer):
     norm = copied.model.language_model.layers[0].input_layernorm
     gains = (norm.weight / model.model.language_model.layers[0].input_layernorm.weight).sort().values
     torch.testing.assert_close(gains[:-4], torch.ones_like(gains[:-4]))
-    torch.testing.assert_close(gains[-4:], torch.logspace(0, 1, 4, base=2.5, dtype=torch.float64) * 60, rtol=1e-5, atol=0)
+    torch.testing.assert_close(
+        gains[-4:], torch.logspace(0, 1, 4, base=2.5, dtype=torch.float64) * 60, rtol=1e-5, atol=0
+    )
 
 
 def test_penalty_is_zero_for_separated_modalities_and_one_for_mixed():
@@ -174,6 +182,29 @@ def test_penalty_is_zero_for_separated_modalities_and_one_for_mixed():
     separated[:, IMAGE_START + NUM_VISUAL_TOKENS :, :4] = 1
     assert float(specialisation_penalty([mixed, mixed], 4)) == pytest.approx(1, abs=1e-4)
     assert float(specialisation_penalty([separated, mixed], 4)) == pytest.approx(0, abs=1e-4)
+
+
+def test_short_answers_weigh_as_much_as_long_ones():
+    labels = torch.full((2, 9), -100)
+    labels[0, 3:8] = 1
+    labels[1, 3] = 1
+    logits = torch.zeros(2, 9, 4)
+    logits[1, :, 1] = 20
+    assert float(answer_entropy(logits, labels)) == pytest.approx(math.log(4) / 2, rel=1e-5)
+
+
+def test_prompt_entropy_counts_the_questions_tokens_only(tokenizer):
+    batch = collate(
+        [tasks.scienceqa(Random(0), 0, "NAT", "NO"), tasks.scienceqa(Random(1), 0, "LAN", "TXT")], tokenizer
+    )
+    perfect = torch.nn.functional.one_hot(batch.input_ids, len(tokenizer)).float().roll(-1, 1) * 50
+    assert float(prompt_entropy(perfect, batch)) == pytest.approx(0, abs=1e-6)
+    answers = perfect.clone()
+    for row, labels in enumerate(batch.labels):
+        answers[row, int((labels != -100).nonzero()[0]) - 1 :] = 0
+    assert float(prompt_entropy(answers, batch)) == pytest.approx(0, abs=1e-6)
+    perfect[:, 4] = 0
+    assert float(prompt_entropy(perfect, batch)) > 0.1
 
 
 def test_training_resumes_to_the_same_weights(tmp_path: Path):
