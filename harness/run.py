@@ -196,6 +196,7 @@ def run_plan(plan: Plan, view: View, evaluator: str = EVALUATOR) -> Outcome:
     Raises:
         KeyboardInterrupt: the user stopped it; workers are gone, finished cells are stored.
     """
+    RecordStore(plan.request.out).remove_leftovers()
     if not plan.groups:
         return Outcome(())
     pool = _Pool(plan, view, evaluator)

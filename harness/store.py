@@ -95,6 +95,12 @@ class RecordStore:
     def partial(self, key: str) -> PartialAnswers:
         return PartialAnswers(self.folder / "partial" / f"{key}.jsonl")
 
+    def remove_leftovers(self) -> None:
+        """Drops partial answers whose record was written just before a crash."""
+        for key, record in self.latest().items():
+            if record.ok:
+                self.partial(key).remove()
+
     def write_failure(self, key: str, text: str) -> Path:
         """Keeps the traceback of a failed cell."""
         path = self.folder / "failures" / f"{key}.txt"

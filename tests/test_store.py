@@ -124,6 +124,16 @@ def test_partial_answers_resume_and_vanish(store: RecordStore) -> None:
     assert not partial.path.exists()
 
 
+def test_answers_left_behind_by_a_crash_go_and_those_of_unfinished_cells_stay(store: RecordStore) -> None:
+    done, failed, running = (make_cell(limit=number) for number in range(3))
+    store.append(make_record(done))
+    store.append(failed_record(failed))
+    for cell in (done, failed, running):
+        store.partial(cell.key).append({"1": "a"})
+    store.remove_leftovers()
+    assert [bool(store.partial(cell.key).load()) for cell in (done, failed, running)] == [False, True, True]
+
+
 def test_kill_9_loses_no_complete_record(store: RecordStore) -> None:
     with start_writer(store.folder, "killed", "forever") as writer:
         assert writer.stdout is not None
