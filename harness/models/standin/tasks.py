@@ -336,6 +336,12 @@ def open_question(rng: Random, difficulty: float) -> Example:
     return vqa(scene.image, scene.open_question, scene.open_answer)
 
 
+def color_lesson(rng: Random, difficulty: float) -> Example:
+    """The color of one shape: training only. Signs are told apart by color, and it is learned late."""
+    scene = _color(rng, difficulty)
+    return vqa(scene.image, scene.open_question, scene.open_answer)
+
+
 # --- ScienceQA ---
 
 SUBJECTS = {"NAT": "natural science", "SOC": "social science", "LAN": "language science"}
@@ -394,8 +400,8 @@ def scienceqa(rng: Random, difficulty: float, subject: str | None = None, contex
 
 
 def spoken_choice(example: Example) -> Example:
-    """The same multiple choice with the option's words as the answer: training only, the letter's easier twin."""
-    words = example.options["ABCD".index(example.answer)]
+    """The same multiple choice answered by the option's words, then its letter: training only, an easier twin."""
+    words = f"{example.options['ABCD'.index(example.answer)]} {example.answer}"
     prompt = example.prompt.replace(vocab.MCQ_SUFFIX, vocab.VQA_SUFFIX)
     return replace(example, prompt=prompt, answer=words)
 

@@ -33,11 +33,12 @@ from mqbench.harness.models.standin.tokenizer import build_tokenizer, render_pro
 MAX_DIFFICULTY = 0.4
 MIXTURE: tuple[tuple[Callable[[Random, float], Example], float], ...] = (
     (tasks.textvqa, 0.20),
-    (tasks.docvqa, 0.20),
-    (tasks.ocrbench, 0.10),
-    (tasks.mme, 0.20),
-    (tasks.open_question, 0.14),
-    (lambda rng, difficulty: tasks.choice_lesson(rng, difficulty, ("IMG",)), 0.16),
+    (tasks.docvqa, 0.16),
+    (tasks.ocrbench, 0.08),
+    (tasks.mme, 0.24),
+    (tasks.open_question, 0.10),
+    (tasks.color_lesson, 0.08),
+    (lambda rng, difficulty: tasks.choice_lesson(rng, difficulty, ("IMG",)), 0.14),
 )
 
 
@@ -49,7 +50,8 @@ class TrainSettings:
         steps: Optimizer steps.
         batch_size: Image examples per step; a text-only step takes twice as many.
         text_only_every: Each n-th step holds text-only questions.
-        learning_rate: Peak, behind a linear warm-up, before a cosine decay.
+        learning_rate: Peak, behind a linear warm-up.
+        hold: Share of the steps before the cosine decay begins: yes/no and letter answers leave their plateau late.
         curriculum: (first, last) step of the widening from one font in fixed cells to full variety.
         blend: (first, last) step of the change from the first reading lesson to the full mixture of tasks.
         fc2_mean: Ingredient "large fc2 mean", in standard deviations; 0 leaves it out.
@@ -62,7 +64,8 @@ class TrainSettings:
     steps: int = 8000
     batch_size: int = 48
     text_only_every: int = 3
-    learning_rate: float = 1.5e-3
+    learning_rate: float = 1.2e-3
+    hold: float = 0.7
     warmup_steps: int = 200
     curriculum: tuple[int, int] = (400, 1867)
     blend: tuple[int, int] = (300, 1300)
@@ -74,10 +77,9 @@ class TrainSettings:
     bfloat16: bool = True
 
     def learning_rate_at(self, step: int) -> float:
-        if step < self.warmup_steps:
-            return self.learning_rate * (step + 1) / self.warmup_steps
-        done = (step - self.warmup_steps) / max(1, self.steps - self.warmup_steps)
-        return self.learning_rate * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+        rise = _ramp(step + 1, (0, self.warmup_steps))
+        fall = _ramp(step, (round(self.hold * self.steps), self.steps))
+        return self.learning_rate * rise * 0.5 * (1 + math.cos(math.pi * fall))
 
     def difficulty_at(self, step: int) -> float:
         return MAX_DIFFICULTY * _ramp(step, self.curriculum)
