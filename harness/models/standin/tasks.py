@@ -62,13 +62,13 @@ def vqa(image: Image.Image, question: str, answer: str, category: str = "") -> E
     return Example(image, question, answer, category, prompt=question + vocab.VQA_SUFFIX)
 
 
-def random_string(rng: Random, alphabet: str = vocab.READABLE, low: int = 2, high: int = 5) -> str:
+def random_string(rng: Random, alphabet: str = vocab.READABLE, low: int = 2, high: int = 4) -> str:
     return "".join(rng.choice(alphabet) for _ in range(rng.randint(low, high)))
 
 
 def readable(rng: Random) -> str:
-    """A common word half of the time, else random characters."""
-    return rng.choice(PLAIN_WORDS) if rng.random() < 0.5 else random_string(rng)
+    """A common word mostly, else random characters."""
+    return rng.choice(PLAIN_WORDS) if rng.random() < 0.75 else random_string(rng)
 
 
 def _page(rng: Random, difficulty: float) -> Image.Image:
@@ -113,14 +113,15 @@ def read_sign(rng: Random, difficulty: float, category: str = "") -> Example:
     return vqa(image, vocab.QUESTIONS["sign"].format(color=colors[pick]), texts[pick], category)
 
 
+def _field_value(rng: Random) -> str:
+    return random_string(rng, vocab.DIGITS, 3, 4) if rng.random() < 0.75 else random_string(rng, low=3, high=3)
+
+
 def read_field(rng: Random, difficulty: float, question: str = "field", category: str = "") -> Example:
     """A form of two "key:value" lines; the value of one key is asked for."""
     image = _page(rng, difficulty)
     keys = rng.sample(vocab.DOCUMENT_KEYS, 2)
-    values = [
-        random_string(rng, vocab.DIGITS, 3, 4) if rng.random() < 0.5 else random_string(rng, low=3, high=4)
-        for _ in keys
-    ]
+    values = [_field_value(rng) for _ in keys]
     for key, value, box in zip(keys, values, (TOP_BOX, BOTTOM_BOX), strict=True):
         draw_text(image, f"{key}:{value}", box, _style(rng, difficulty, size_px=36), rng, difficulty)
     pick = rng.randrange(2)
@@ -404,6 +405,19 @@ def spoken_choice(example: Example) -> Example:
     words = f"{example.options['ABCD'.index(example.answer)]} {example.answer}"
     prompt = example.prompt.replace(vocab.MCQ_SUFFIX, vocab.VQA_SUFFIX)
     return replace(example, prompt=prompt, answer=words)
+
+
+def lookup_lesson(rng: Random) -> Example:
+    """Which letter stands before a word: training only, the part of every multiple choice that is not knowledge."""
+    pool = vocab.words()
+    word = rng.choice(pool)
+    question = vocab.FACT_QUESTION.format(category=word)
+    return _choice(rng, None, question, word, rng.sample(pool, 4), "NAT")
+
+
+def written_lesson(rng: Random, difficulty: float) -> Example:
+    """A text-only question: a lookup, or a ScienceQA question answered by letter or by words."""
+    return lookup_lesson(rng) if rng.random() < 0.4 else choice_lesson(rng, difficulty, ("TXT", "NO"))
 
 
 def choice_lesson(rng: Random, difficulty: float, contexts: Sequence[str]) -> Example:

@@ -61,9 +61,9 @@ class TrainSettings:
     """
 
     seed: int = 0
-    steps: int = 8000
+    steps: int = 9500
     batch_size: int = 48
-    text_only_every: int = 3
+    text_only_every: int = 2
     learning_rate: float = 1.2e-3
     hold: float = 0.7
     warmup_steps: int = 200
@@ -116,7 +116,7 @@ def make_examples(settings: TrainSettings, step: int) -> list[Example]:
     rng = Random(f"train-{settings.seed}-{step}")
     difficulty = settings.difficulty_at(step)
     if step % settings.text_only_every == settings.text_only_every - 1:
-        return [tasks.choice_lesson(rng, difficulty, ("TXT", "NO")) for _ in range(2 * settings.batch_size)]
+        return [tasks.written_lesson(rng, difficulty) for _ in range(2 * settings.batch_size)]
     makers, weights = zip(*MIXTURE, strict=True)
     share = _ramp(step, settings.blend)
     chosen = [

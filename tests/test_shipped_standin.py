@@ -1,0 +1,96 @@
+"""The shipped weights are as hard to quantize as they claim, and the shipped records say so."""
+
+from __future__ import annotations
+
+from itertools import islice
+from pathlib import Path
+
+import pytest
+import torch
+
+from mqbench.harness import discover
+from mqbench.harness.models.adapter import LoadedModel
+from mqbench.harness.models.standin.benchmarks import BENCHMARKS, example_stream
+from mqbench.harness.models.standin.study import batches_of
+from mqbench.harness.quant.layout import Part
+from mqbench.harness.quant.scheme import Recipe
+from mqbench.harness.quant.session import Batch, QuantReport
+from mqbench.harness.record import Record
+from mqbench.harness.store import RecordStore
+
+NAME = "standin-qwen2-vl"
+FOLDER = Path(__file__).parents[1] / "harness" / "models" / "standin" / "weights" / NAME
+RECORDS = Path(__file__).parents[1] / "results" / "records"
+TASKS = ("textvqa", "docvqa", "ocrbench", "mme", "scienceqa")
+
+
+def load() -> LoadedModel:
+    return discover.find_model(NAME).load(FOLDER, "cpu", torch.float32)
+
+
+@pytest.fixture(scope="module")
+def batches() -> list[Batch]:
+    model = load()
+    drawn = [example for entry in BENCHMARKS for example in islice(example_stream(entry, "calibration", 0), 32)]
+    return [item.batch for item in batches_of(drawn, model.processor.tokenizer, model.model)]
+
+
+def quantized(method: str, batches: list[Batch], **options: object) -> QuantReport:
+    loaded = load()
+    recipe = Recipe(method, "w8a8", "w8a8", 0, options)
+    return discover.find_method(method).quantize(loaded.model, loaded.layout, recipe, batches)
+
+
+@pytest.fixture(scope="module")
+def rotated(batches) -> QuantReport:
+    return quantized("mquant", batches, rounding="rtn")
+
+
+def test_modality_gap_survives_rotation_and_online_hadamard(rotated):
+    layout = load().layout
+    for block in layout.text.blocks[:-1]:
+        scales = rotated.layers[block.mlp_out].scales
+        assert scales["visual"] >= 4 * scales["text"], block.mlp_out
+
+
+def test_eq9_holds_for_every_vision_fc2(rotated):
+    layout = load().layout
+    assert layout.vision is not None
+    for block in layout.vision.blocks:
+        layer = rotated.layers[block.mlp_out]
+        assert layer.eq9_margin > 1, block.mlp_out
+        assert layer.rms_split
+
+
+def test_norms_have_outlier_channels():
+    """Four channels behind each block norm carry gains far above the rest."""
+    loaded = load()
+    for tower in loaded.layout.towers:
+        least = 60 if tower.part is Part.TEXT else 30
+        for block in tower.blocks:
+            for norm in (block.attention_norm, block.mlp_norm):
+                gains = loaded.model.get_submodule(norm.name).weight.abs().sort(descending=True).values
+                assert gains[3] >= 0.5 * least * gains[4:].median(), norm.name
+
+
+def shipped_records() -> list[Record]:
+    return [record for record in RecordStore(RECORDS).latest().values() if record.ok]
+
+
+def recovery(records: list[Record], method: str, bits: tuple[str, str]) -> float:
+    """Mean over the benchmarks of score / float score, in percent."""
+    scores = {
+        (record.cell.recipe.method, record.cell.recipe.vision, record.cell.recipe.text, record.cell.task): record.score
+        for record in records
+        if record.cell.model == NAME
+    }
+    ratios = [scores[method, *bits, task] / scores["none", "float", "float", task] for task in TASKS]
+    return 100 * sum(ratios) / len(ratios)
+
+
+def test_shipped_records_separate_the_methods():
+    records = shipped_records()
+    bits = ("w4a8", "w4a8")
+    kept = {method: recovery(records, method, bits) for method in ("rtn", "smoothquant", "quarot", "mquant")}
+    assert kept["rtn"] < 60
+    assert kept["rtn"] <= kept["smoothquant"] <= kept["quarot"] < kept["mquant"]
