@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -10,7 +9,7 @@ import torch
 
 from mqbench.harness import discover
 from mqbench.harness.models.adapter import LoadedModel
-from mqbench.harness.models.standin.benchmarks import BENCHMARKS, example_stream
+from mqbench.harness.models.standin.benchmarks import BENCHMARKS, split_examples
 from mqbench.harness.models.standin.study import batches_of
 from mqbench.harness.quant.layout import Part
 from mqbench.harness.quant.scheme import Recipe
@@ -31,7 +30,7 @@ def load() -> LoadedModel:
 @pytest.fixture(scope="module")
 def batches() -> list[Batch]:
     model = load()
-    drawn = [example for entry in BENCHMARKS for example in islice(example_stream(entry, "calibration", 0), 32)]
+    drawn = [row for entry in BENCHMARKS for row in split_examples(entry)["calibration"][:32]]
     return [item.batch for item in batches_of(drawn, model.processor.tokenizer, model.model)]
 
 

@@ -109,12 +109,7 @@ def write_benchmarks(directory: Path, seed: int = 0) -> dict[Path, int]:
     """
     written = {}
     for benchmark in BENCHMARKS:
-        evaluated = list(islice(example_stream(benchmark, "benchmark", seed), benchmark.num_items))
-        taken = {_content(example) for example in evaluated}
-        fresh = (
-            example for example in example_stream(benchmark, "calibration", seed) if _content(example) not in taken
-        )
-        splits = {directory: evaluated, directory / "calibration": list(islice(fresh, CALIBRATION_ITEMS))}
+        splits = {directory / folder: made for folder, made in split_examples(benchmark, seed).items()}
         for folder, examples in splits.items():
             path = folder / benchmark.name / f"{benchmark.name}.tsv"
             _write_split(benchmark, examples, path)
@@ -122,9 +117,21 @@ def write_benchmarks(directory: Path, seed: int = 0) -> dict[Path, int]:
     return written
 
 
-def example_stream(benchmark: Benchmark, split: str, seed: int) -> Iterator[Example]:
-    """Endless examples of a split, ``benchmark`` or ``calibration``."""
-    return benchmark.examples(Random(f"{split}-{benchmark.name}-{seed}"))
+def split_examples(benchmark: Benchmark, seed: int = 0) -> dict[str, list[Example]]:
+    """The rows to evaluate, under ``""``, and to calibrate on, under ``"calibration"``: nothing occurs twice."""
+    seen: set[tuple[bytes | None, str]] = set()
+    return {
+        "": list(islice(_unseen(benchmark, "benchmark", seed, seen), benchmark.num_items)),
+        "calibration": list(islice(_unseen(benchmark, "calibration", seed, seen), CALIBRATION_ITEMS)),
+    }
+
+
+def _unseen(benchmark: Benchmark, split: str, seed: int, seen: set[tuple[bytes | None, str]]) -> Iterator[Example]:
+    """The split's examples without repeats, of each other or of a split made before."""
+    for example in benchmark.examples(Random(f"{split}-{benchmark.name}-{seed}")):
+        if _content(example) not in seen:
+            seen.add(_content(example))
+            yield example
 
 
 def _content(example: Example) -> tuple[bytes | None, str]:

@@ -17,7 +17,7 @@ Out = Annotated[Path, typer.Option(help="Folder to write to.")]
 def train(
     out: Out = Path("runs/standin"),
     seed: Annotated[int, typer.Option(help="Seed of initial weights and examples.")] = 0,
-    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps; about 0.6 s each on one CPU core.")] = 9500,
+    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps; about 0.6 s each on one CPU core.")] = 10000,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     threads: Annotated[int, typer.Option(min=1, help="CPU threads; use 1 when anything else runs.")] = 2,
     fc2_mean: Annotated[bool, typer.Option(help="Train with large fc2 column means (Eq. 9).")] = True,

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from transformers import PreTrainedTokenizerFast, Qwen2VLForConditionalGeneratio
 
 from mqbench.harness import discover
 from mqbench.harness.models.qwen2_vl import qwen2_vl_layout
-from mqbench.harness.models.standin.benchmarks import BENCHMARKS, example_stream
+from mqbench.harness.models.standin.benchmarks import BENCHMARKS, split_examples
 from mqbench.harness.models.standin.build import load_run, measured_batches, text_channels_of
 from mqbench.harness.models.standin.harden import Hardness, harden
 from mqbench.harness.models.standin.objective import GRID, PATCH_PX
@@ -117,15 +116,9 @@ class Study:
         self.plain, self.tokenizer = trained.model.eval().requires_grad_(False), trained.tokenizer
         self.training, self.curve = trained.settings, trained.curve
         self.layout = qwen2_vl_layout(self.plain)
-        self.benchmarks = {
-            entry.name: self._batches(islice(example_stream(entry, "benchmark", 0), entry.num_items))
-            for entry in BENCHMARKS
-        }
-        drawn = [
-            example
-            for entry in BENCHMARKS
-            for example in islice(example_stream(entry, "calibration", 0), CALIBRATION_PER_BENCHMARK)
-        ]
+        splits = {entry.name: split_examples(entry) for entry in BENCHMARKS}
+        self.benchmarks = {name: self._batches(made[""]) for name, made in splits.items()}
+        drawn = [row for made in splits.values() for row in made["calibration"][:CALIBRATION_PER_BENCHMARK]]
         self.calibration = [item.batch for item in self._batches(drawn)]
 
     def _batches(self, examples: Iterable[Example]) -> list[Scored]:

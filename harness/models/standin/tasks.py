@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from random import Random
 
 from PIL import Image
@@ -12,9 +12,7 @@ from mqbench.harness.models.standin import vocabulary as vocab
 from mqbench.harness.models.standin.render import (
     COLORS,
     HEIGHT_PX,
-    LANDMARKS,
     SHAPES,
-    TEXTURES,
     WHITE,
     WIDTH_PX,
     TextStyle,
@@ -106,9 +104,11 @@ def read_sign(rng: Random, difficulty: float, category: str = "") -> Example:
     colors = rng.sample(sorted(COLORS), 2)
     texts = [readable(rng), readable(rng)]
     for color, text, box in zip(colors, texts, (TOP_BOX, BOTTOM_BOX), strict=True):
-        image.paste(COLORS[color], (box[0] + 4, box[1] + 1, box[2] - 4, box[3] - 1))
-        inner = (box[0] + 12, box[1] + 4, box[2] - 12, box[3] - 4)
-        draw_text(image, text, inner, TextStyle("plain", 42, WHITE), rng, difficulty)
+        left, top, right, bottom = box
+        image.paste(COLORS[color], (left + 2, top + 1, right - 2, bottom - 1))
+        image.paste(WHITE, (left + 9, top + 7, right - 9, bottom - 7))
+        inner = (left + 13, top + 8, right - 13, bottom - 8)
+        draw_text(image, text, inner, _style(rng, difficulty, size_px=38), rng, difficulty)
     pick = rng.randrange(2)
     return vqa(image, vocab.QUESTIONS["sign"].format(color=colors[pick]), texts[pick], category)
 
@@ -187,8 +187,10 @@ def _color_value(rng: Random, name: str, difficulty: float) -> tuple[int, int, i
     return (red, green, blue)
 
 
-def _one_shape(rng: Random, difficulty: float) -> tuple[Image.Image, str, str]:
-    image, shape, color = _page(rng, 0.4 * difficulty), rng.choice(SHAPES), rng.choice(sorted(COLORS))
+def _one_shape(
+    rng: Random, difficulty: float, shapes: Sequence[str] = SHAPES, colors: Sequence[str] = tuple(COLORS)
+) -> tuple[Image.Image, str, str]:
+    image, shape, color = _page(rng, 0.4 * difficulty), rng.choice(shapes), rng.choice(colors)
     radius = rng.uniform(26 - 6 * difficulty, 28 + 8 * difficulty)
     x = WIDTH_PX / 2 + difficulty * rng.uniform(-40, 40)
     y = HEIGHT_PX / 2 + difficulty * rng.uniform(-15, 15)
@@ -201,32 +203,32 @@ def _other(rng: Random, pool: Sequence[str], taken: str) -> str:
 
 
 def _existence(rng: Random, difficulty: float) -> Scene:
-    image, shape, _ = _one_shape(rng, difficulty)
-    return Scene(image, {"shape": shape}, {"shape": _other(rng, SHAPES, shape)}, vocab.QUESTIONS["what_shape"], shape)
+    image, shape, _ = _one_shape(rng, difficulty, vocab.MME_VALUES["existence"])
+    wrong = {"shape": _other(rng, vocab.MME_VALUES["existence"], shape)}
+    return Scene(image, {"shape": shape}, wrong, vocab.QUESTIONS["what_shape"], shape)
 
 
 def _color(rng: Random, difficulty: float) -> Scene:
-    image, shape, color = _one_shape(rng, difficulty)
-    wrong = {"shape": shape, "color": _other(rng, sorted(COLORS), color)}
+    image, shape, color = _one_shape(rng, difficulty, colors=vocab.MME_VALUES["color"])
+    wrong = {"shape": shape, "color": _other(rng, vocab.MME_VALUES["color"], color)}
     question = vocab.QUESTIONS["what_color"].format(shape=shape)
     return Scene(image, {"shape": shape, "color": color}, wrong, question, color)
 
 
 def _count(rng: Random, difficulty: float) -> Scene:
-    image, count = _page(rng, 0.4 * difficulty), rng.randint(1, 4)
+    image, right = _page(rng, 0.4 * difficulty), rng.choice(vocab.MME_VALUES["count"])
+    count = vocab.NUMBER_WORDS.index(right) + 1
     for column in rng.sample(range(4), count):
         center = (21 + 42 * column, HEIGHT_PX / 2 + difficulty * rng.uniform(-25, 25))
         draw_shape(image, rng.choice(SHAPES), center, 15, _color_value(rng, rng.choice(sorted(COLORS)), difficulty))
-    right = vocab.NUMBER_WORDS[count - 1]
-    return Scene(
-        image, {"number": right}, {"number": _other(rng, vocab.NUMBER_WORDS, right)}, vocab.QUESTIONS["how_many"], right
-    )
+    wrong = {"number": _other(rng, vocab.MME_VALUES["count"], right)}
+    return Scene(image, {"number": right}, wrong, vocab.QUESTIONS["how_many"], right)
 
 
 def _two_shapes(rng: Random, difficulty: float, radii: tuple[float, float]) -> tuple[Image.Image, str, str]:
     """Two different shapes, the first in the upper half."""
     image = _page(rng, 0.4 * difficulty)
-    first, second = rng.sample(SHAPES, 2)
+    first, second = rng.sample(vocab.MME_VALUES["position"], 2)
     for shape, y, radius in ((first, 28, radii[0]), (second, 84, radii[1])):
         center = (WIDTH_PX / 2 + difficulty * rng.uniform(-45, 45), y)
         draw_shape(image, shape, center, radius, _color_value(rng, rng.choice(sorted(COLORS)), difficulty))
@@ -234,8 +236,9 @@ def _two_shapes(rng: Random, difficulty: float, radii: tuple[float, float]) -> t
 
 
 def _position(rng: Random, difficulty: float) -> Scene:
-    image, upper, lower = _two_shapes(rng, difficulty, (22, 22))
-    a, b, relation = (upper, lower, "above") if rng.random() < 0.5 else (lower, upper, "below")
+    image, upper, _ = _two_shapes(rng, difficulty, (22, 22))
+    a, b = vocab.MME_VALUES["position"]
+    relation = "above" if upper == a else "below"
     wrong = {"a": a, "b": b, "relation": _other(rng, vocab.RELATION_WORDS, relation)}
     return Scene(image, {"a": a, "b": b, "relation": relation}, wrong, vocab.QUESTIONS["top"], upper)
 
@@ -248,53 +251,54 @@ def _larger(rng: Random, difficulty: float) -> Scene:
 
 
 def _texture(rng: Random, difficulty: float) -> Scene:
-    image, texture = _page(rng, 0.4 * difficulty), rng.choice(TEXTURES)
+    image, texture = _page(rng, 0.4 * difficulty), rng.choice(vocab.MME_VALUES["scene"])
     draw_texture(image, texture, _color_value(rng, rng.choice(sorted(COLORS)), difficulty), rng)
-    wrong = {"texture": _other(rng, TEXTURES, texture)}
+    wrong = {"texture": _other(rng, vocab.MME_VALUES["scene"], texture)}
     return Scene(image, {"texture": texture}, wrong, vocab.QUESTIONS["what_texture"], texture)
 
 
-def _landmark(rng: Random, difficulty: float) -> Scene:
-    image, landmark = _page(rng, 0.4 * difficulty), rng.choice(LANDMARKS)
+def _landmark(rng: Random, difficulty: float, pool: Sequence[str] = vocab.MME_VALUES["landmark"]) -> Scene:
+    image, landmark = _page(rng, 0.4 * difficulty), rng.choice(pool)
     draw_landmark(image, landmark, dark_color(rng, difficulty), rng)
-    wrong = {"landmark": _other(rng, LANDMARKS, landmark)}
+    wrong = {"landmark": _other(rng, pool, landmark)}
     return Scene(image, {"landmark": landmark}, wrong, vocab.QUESTIONS["what_building"], landmark)
 
 
 def _artwork(rng: Random, difficulty: float) -> Scene:
-    image, shape = _page(rng, 0.4 * difficulty), rng.choice(SHAPES)
+    image, shape = _page(rng, 0.4 * difficulty), rng.choice(vocab.MME_VALUES["artwork"])
     color = _color_value(rng, rng.choice(sorted(COLORS)), difficulty)
     for column in range(4):
         for row in range(2):
             draw_shape(image, shape, (21 + 42 * column, 28 + 56 * row), 15, color)
-    return Scene(image, {"shape": shape}, {"shape": _other(rng, SHAPES, shape)}, vocab.QUESTIONS["what_shape"], shape)
+    wrong = {"shape": _other(rng, vocab.MME_VALUES["artwork"], shape)}
+    return Scene(image, {"shape": shape}, wrong, vocab.QUESTIONS["what_shape"], shape)
 
 
-def _named_text(rng: Random, difficulty: float, kind: str) -> Scene:
-    text = readable(rng)
-    wrong = text
-    while wrong == text:
-        wrong = readable(rng)
+def _named_text(rng: Random, difficulty: float, category: str, kind: str) -> Scene:
+    text = rng.choice(vocab.MME_VALUES[category])
     made = read_one(rng, difficulty, text, kind)
     assert made.image is not None
-    return Scene(made.image, {"text": text}, {"text": wrong}, made.question, text)
+    return Scene(
+        made.image, {"text": text}, {"text": _other(rng, vocab.MME_VALUES[category], text)}, made.question, text
+    )
 
 
-def _arithmetic(rng: Random, difficulty: float, code: bool) -> Scene:
-    a, b = rng.randint(1, 4), rng.randint(1, 4)
-    text, result = (f"p({a}+{b})", a + b) if code else (f"{a}+{b}=", a + b)
+def _arithmetic(rng: Random, difficulty: float, category: str) -> Scene:
+    result = rng.choice(vocab.MME_VALUES[category])
+    term = int(result) // 2
+    text = f"{term}+{term}=" if category == "numerical_calculation" else f"p({term}*2)"
     image = _page(rng, difficulty)
     draw_text(image, text, FULL_BOX, _style(rng, difficulty), rng, difficulty)
-    wrong = rng.choice([number for number in range(2, 9) if number != result])
-    return Scene(image, {"number": str(result)}, {"number": str(wrong)}, vocab.QUESTIONS["what_result"], str(result))
+    wrong = {"number": _other(rng, vocab.MME_VALUES[category], result)}
+    return Scene(image, {"number": result}, wrong, vocab.QUESTIONS["what_result"], result)
 
 
 def _translation(rng: Random, difficulty: float) -> Scene:
-    word = rng.choice(sorted(vocab.FOREIGN_WORDS))
-    meaning = vocab.FOREIGN_WORDS[word]
+    meaning = rng.choice(vocab.MME_VALUES["text_translation"])
+    word = next(word for word, translated in vocab.FOREIGN_WORDS.items() if translated == meaning)
     image = _page(rng, difficulty)
     draw_text(image, word, FULL_BOX, _style(rng, difficulty), rng, difficulty)
-    wrong = {"meaning": _other(rng, sorted(vocab.FOREIGN_WORDS.values()), meaning)}
+    wrong = {"meaning": _other(rng, vocab.MME_VALUES["text_translation"], meaning)}
     return Scene(image, {"meaning": meaning}, wrong, vocab.QUESTIONS["what_meaning"], meaning)
 
 
@@ -303,16 +307,16 @@ MME: dict[str, Callable[[Random, float], Scene]] = {
     "count": _count,
     "position": _position,
     "color": _color,
-    "posters": lambda r, d: _named_text(r, d, "artistic"),
-    "celebrity": lambda r, d: _named_text(r, d, "handwritten"),
+    "posters": lambda r, d: _named_text(r, d, "posters", "artistic"),
+    "celebrity": lambda r, d: _named_text(r, d, "celebrity", "handwritten"),
     "scene": _texture,
     "landmark": _landmark,
     "artwork": _artwork,
-    "OCR": lambda r, d: _named_text(r, d, "plain"),
+    "OCR": lambda r, d: _named_text(r, d, "OCR", "plain"),
     "commonsense_reasoning": _larger,
-    "numerical_calculation": lambda r, d: _arithmetic(r, d, code=False),
+    "numerical_calculation": lambda r, d: _arithmetic(r, d, "numerical_calculation"),
     "text_translation": _translation,
-    "code_reasoning": lambda r, d: _arithmetic(r, d, code=True),
+    "code_reasoning": lambda r, d: _arithmetic(r, d, "code_reasoning"),
 }
 
 
@@ -337,12 +341,6 @@ def open_question(rng: Random, difficulty: float) -> Example:
     return vqa(scene.image, scene.open_question, scene.open_answer)
 
 
-def color_lesson(rng: Random, difficulty: float) -> Example:
-    """The color of one shape: training only. Signs are told apart by color, and it is learned late."""
-    scene = _color(rng, difficulty)
-    return vqa(scene.image, scene.open_question, scene.open_answer)
-
-
 # --- ScienceQA ---
 
 SUBJECTS = {"NAT": "natural science", "SOC": "social science", "LAN": "language science"}
@@ -350,46 +348,44 @@ CONTEXTS = ("IMG", "TXT", "NO")
 
 
 def _choice(
-    rng: Random,
-    image: Image.Image | None,
-    question: str,
-    right: str,
-    wrong: Sequence[str],
-    subject: str,
-    hint: str = "",
+    image: Image.Image | None, question: str, options: Sequence[str], right: str, subject: str, hint: str = ""
 ) -> Example:
-    options = [right, *rng.sample([word for word in wrong if word != right], rng.randint(1, 3))]
-    rng.shuffle(options)
     frame = f"Hint: {hint}\nQuestion: {question}" if hint else f"Question: {question}"
-    listed = "".join(f"\n{letter}. {option}" for letter, option in zip("ABCD", options, strict=False))
+    listed = "".join(f"\n{letter}. {option}" for letter, option in zip("ABCD", options, strict=True))
     prompt = f"{frame}\nOptions:{listed}{vocab.MCQ_SUFFIX}"
     answer = "ABCD"[options.index(right)]
     return Example(image, question, answer, SUBJECTS[subject], hint, tuple(options), subject, prompt)
 
 
 def _fact(rng: Random, subject: str) -> Example:
+    """Which option belongs to a category: one member of each, the categories always in the same order."""
     kinds = vocab.CATEGORIES[SUBJECTS[subject]]
-    kind = rng.choice(sorted(kinds))
-    wrong = [member for other, members in kinds.items() if other != kind for member in members]
-    return _choice(rng, None, vocab.FACT_QUESTION.format(category=kind), rng.choice(kinds[kind]), wrong, subject)
+    options = [rng.choice(members) for members in kinds.values()]
+    place = rng.randrange(len(options))
+    question = vocab.FACT_QUESTION.format(category=list(kinds)[place])
+    return _choice(None, question, options, options[place], subject)
 
 
 def _relation(rng: Random, subject: str) -> Example:
+    """What the hint says; the options are always the first member of each category."""
+    kinds = vocab.CATEGORIES[SUBJECTS[subject]]
+    options = [members[0] for members in kinds.values()]
     statement, question = vocab.RELATIONS[SUBJECTS[subject]]
-    pool = sorted({member for members in vocab.CATEGORIES[SUBJECTS[subject]].values() for member in members})
-    a, b, c, d = rng.sample(pool, 4)
-    statements = [statement.format(a=a, b=b), statement.format(a=c, b=d)]
-    rng.shuffle(statements)
-    return _choice(rng, None, question.format(a=a), b, [d, *rng.sample(pool, 6)], subject, "\n".join(statements))
+    a = rng.choice([member for members in kinds.values() for member in members[1:]])
+    right = rng.choice(options)
+    return _choice(None, question.format(a=a), options, right, subject, statement.format(a=a, b=right))
 
 
 def _figure(rng: Random, difficulty: float, subject: str) -> Example:
+    """What the figure shows; the options of a question always stand in the same order."""
     question, pool = vocab.FIGURE_QUESTIONS[SUBJECTS[subject]]
+    options = pool[:4]
     if subject == "SOC":
-        scene = _landmark(rng, difficulty)
-        return _choice(rng, scene.image, question, scene.open_answer, pool, subject)
-    image, shape, color = _one_shape(rng, difficulty)
-    return _choice(rng, image, question, color if subject == "NAT" else shape, pool, subject)
+        scene = _landmark(rng, difficulty, options)
+        return _choice(scene.image, question, options, scene.open_answer, subject)
+    shapes, colors = (SHAPES, options) if subject == "NAT" else (options, tuple(COLORS))
+    image, shape, color = _one_shape(rng, difficulty, shapes, colors)
+    return _choice(image, question, options, color if subject == "NAT" else shape, subject)
 
 
 def scienceqa(rng: Random, difficulty: float, subject: str | None = None, context: str | None = None) -> Example:
@@ -398,29 +394,3 @@ def scienceqa(rng: Random, difficulty: float, subject: str | None = None, contex
     if context == "IMG":
         return _figure(rng, difficulty, subject)
     return _relation(rng, subject) if context == "TXT" else _fact(rng, subject)
-
-
-def spoken_choice(example: Example) -> Example:
-    """The same multiple choice answered by the option's words, then its letter: training only, an easier twin."""
-    words = f"{example.options['ABCD'.index(example.answer)]} {example.answer}"
-    prompt = example.prompt.replace(vocab.MCQ_SUFFIX, vocab.VQA_SUFFIX)
-    return replace(example, prompt=prompt, answer=words)
-
-
-def lookup_lesson(rng: Random) -> Example:
-    """Which letter stands before a word: training only, the part of every multiple choice that is not knowledge."""
-    pool = vocab.words()
-    word = rng.choice(pool)
-    question = vocab.FACT_QUESTION.format(category=word)
-    return _choice(rng, None, question, word, rng.sample(pool, 4), "NAT")
-
-
-def written_lesson(rng: Random, difficulty: float) -> Example:
-    """A text-only question: a lookup, or a ScienceQA question answered by letter or by words."""
-    return lookup_lesson(rng) if rng.random() < 0.4 else choice_lesson(rng, difficulty, ("TXT", "NO"))
-
-
-def choice_lesson(rng: Random, difficulty: float, contexts: Sequence[str]) -> Example:
-    """A ScienceQA question, answered by letter or by words."""
-    example = scienceqa(rng, difficulty, context=rng.choice(contexts))
-    return example if rng.random() < 0.5 else spoken_choice(example)

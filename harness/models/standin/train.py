@@ -32,13 +32,12 @@ from mqbench.harness.models.standin.tokenizer import build_tokenizer, render_pro
 
 MAX_DIFFICULTY = 0.4
 MIXTURE: tuple[tuple[Callable[[Random, float], Example], float], ...] = (
-    (tasks.textvqa, 0.20),
+    (tasks.textvqa, 0.24),
     (tasks.docvqa, 0.16),
-    (tasks.ocrbench, 0.08),
-    (tasks.mme, 0.24),
-    (tasks.open_question, 0.10),
-    (tasks.color_lesson, 0.08),
-    (lambda rng, difficulty: tasks.choice_lesson(rng, difficulty, ("IMG",)), 0.14),
+    (tasks.ocrbench, 0.12),
+    (tasks.mme, 0.26),
+    (tasks.open_question, 0.08),
+    (lambda rng, difficulty: tasks.scienceqa(rng, difficulty, context="IMG"), 0.14),
 )
 
 
@@ -61,11 +60,11 @@ class TrainSettings:
     """
 
     seed: int = 0
-    steps: int = 9500
+    steps: int = 10000
     batch_size: int = 48
-    text_only_every: int = 2
+    text_only_every: int = 4
     learning_rate: float = 1.2e-3
-    hold: float = 0.7
+    hold: float = 0.75
     warmup_steps: int = 200
     curriculum: tuple[int, int] = (400, 1867)
     blend: tuple[int, int] = (300, 1300)
@@ -116,7 +115,9 @@ def make_examples(settings: TrainSettings, step: int) -> list[Example]:
     rng = Random(f"train-{settings.seed}-{step}")
     difficulty = settings.difficulty_at(step)
     if step % settings.text_only_every == settings.text_only_every - 1:
-        return [tasks.written_lesson(rng, difficulty) for _ in range(2 * settings.batch_size)]
+        return [
+            tasks.scienceqa(rng, difficulty, context=rng.choice(("TXT", "NO"))) for _ in range(2 * settings.batch_size)
+        ]
     makers, weights = zip(*MIXTURE, strict=True)
     share = _ramp(step, settings.blend)
     chosen = [

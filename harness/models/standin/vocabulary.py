@@ -91,6 +91,23 @@ YES_NO_QUESTIONS = {
     "text_translation": "Is the word in the image translated as {meaning}?",
     "code_reasoning": "Does the code in the image print {number}?",
 }
+MME_VALUES: dict[str, tuple[str, str]] = {
+    "existence": ("circle", "cross"),
+    "count": ("one", "four"),
+    "position": ("star", "square"),
+    "color": ("red", "blue"),
+    "posters": ("war", "tea"),
+    "celebrity": ("king", "dad"),
+    "scene": ("stripes", "dots"),
+    "landmark": ("tower", "castle"),
+    "artwork": ("triangle", "ring"),
+    "OCR": ("zip", "hand"),
+    "numerical_calculation": ("2", "8"),
+    "text_translation": ("cat", "house"),
+    "code_reasoning": ("4", "6"),
+}
+"""The two values that a category's pictures take and its questions name: a yes or no over two values is what so small
+a model learns in an hour; matching any word with any picture is not."""
 RELATION_WORDS = ("above", "below")
 NUMBER_WORDS = ("one", "two", "three", "four")
 MCQ_FRAME = ("Hint: ", "\nQuestion: ", "Question: ", "\nOptions:\nA. ", "\nB. ", "\nC. ", "\nD. ")
