@@ -203,7 +203,7 @@ def quantize(
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
 )
 def standin(context: typer.Context) -> None:
-    """Make the shipped stand-in model and its data again: train, data, check (mqbench standin --help)."""
+    """Make the shipped stand-in again: train, harden, data, report (mqbench standin --help)."""
     from importlib import import_module
     from importlib.util import find_spec
 

@@ -26,17 +26,17 @@ class Hardness:
             them out.
         vision_outlier_share: The vision tower's gains relative to the LLM's.
         num_outliers: Outlier channels per norm; the same channels in every layer of a tower, as in real models.
-        modality_gap: r: visual channels of down_proj's input are raised until the text maximum on them reaches r times
-            the layer's text maximum; 0 leaves the gap out.
-        max_gap: Largest factor of one channel.
+        modality_gap: r: visual channels of down_proj's input are raised together until the text maximum on them reaches
+            r times the layer's text maximum; 0 leaves the gap out.
+        gap_share: Share of the visual channels that are raised: those that visual tokens exceed text tokens on most.
         seed: Chooses the outlier channels.
     """
 
     outlier_gain: tuple[float, float] = (60.0, 150.0)
     vision_outlier_share: float = 0.5
     num_outliers: int = 4
-    modality_gap: float = 1.5
-    max_gap: float = 300.0
+    modality_gap: float = 1.0
+    gap_share: float = 0.5
     seed: int = 0
 
 
@@ -60,30 +60,39 @@ def harden(
 def widen_modality_gap(
     model: Qwen2VLForConditionalGeneration, hardness: Hardness, batches: Sequence[TrainBatch], text_channels: int
 ) -> None:
-    """Multiplies visual channels' up_proj rows and divides their down_proj columns.
+    """Multiplies up_proj rows of visual channels and divides their down_proj columns by the same factor.
 
     The last layer is left alone: nobody reads its visual outputs.
     """
     layers = model.model.language_model.layers
-    for layer, text_max in zip(layers[:-1], _text_maxima(model, batches), strict=False):
-        factor = hardness.modality_gap * text_max.max() / text_max.clamp_min(1e-6)
-        factor = factor.clamp(1.0, hardness.max_gap)
-        factor[:text_channels] = 1.0
-        layer.mlp.up_proj.weight *= factor[:, None]
-        layer.mlp.down_proj.weight /= factor
+    for layer, (text_max, visual_max) in zip(layers[:-1], _maxima(model, batches), strict=False):
+        ratio = visual_max / text_max.clamp_min(1e-6)
+        ratio[:text_channels] = 0
+        raised = ratio.topk(round(hardness.gap_share * (len(ratio) - text_channels))).indices
+        factor = (hardness.modality_gap * text_max.max() / text_max[raised].max()).clamp_min(1.0)
+        layer.mlp.up_proj.weight[raised] *= factor
+        layer.mlp.down_proj.weight[:, raised] /= factor
 
 
 @torch.no_grad()
-def _text_maxima(model: Qwen2VLForConditionalGeneration, batches: Sequence[TrainBatch]) -> list[Tensor]:
-    """Per layer, the (intermediate,) absolute maxima of down_proj's input over text tokens."""
-    maxima: list[Tensor] | None = None
+def _maxima(model: Qwen2VLForConditionalGeneration, batches: Sequence[TrainBatch]) -> list[tuple[Tensor, Tensor]]:
+    """Per layer, the (intermediate,) absolute maxima of down_proj's input over text and over visual tokens."""
+    maxima: list[tuple[Tensor, Tensor]] = []
     for batch in batches:
-        activations = logits_and_activations(model, batch)[1]
-        seen = [_text_rows(inner, batch).abs().amax(0) for inner in activations]
-        maxima = seen if maxima is None else [torch.maximum(a, b) for a, b in zip(maxima, seen, strict=True)]
-    if maxima is None:
+        seen = [_batch_maxima(inner, batch) for inner in logits_and_activations(model, batch)[1]]
+        pairs = zip(maxima or seen, seen, strict=True)
+        maxima = [(torch.maximum(a[0], b[0]), torch.maximum(a[1], b[1])) for a, b in pairs]
+    if not maxima:
         raise ValueError("the modality gap is measured on examples; give at least one batch")
     return maxima
+
+
+def _batch_maxima(inner: Tensor, batch: TrainBatch) -> tuple[Tensor, Tensor]:
+    text = _text_rows(inner, batch).abs().amax(0)
+    if batch.patches is None:
+        return text, torch.zeros_like(text)
+    visual = inner[:, IMAGE_START : IMAGE_START + NUM_VISUAL_TOKENS].flatten(0, 1)
+    return text, visual.abs().amax(0)
 
 
 def _text_rows(inner: Tensor, batch: TrainBatch) -> Tensor:

@@ -122,20 +122,24 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor
 
 
 def specialisation_penalty(activations: list[Tensor], text_channels: int) -> Tensor:
-    """Energy in the wrong place at down_proj's input, relative to the modality's own mean energy.
+    """How loud each modality is, at its loudest, on the other's channels of down_proj's input, relative to the other.
 
-    The first ``text_channels`` channels are text's: visual tokens should be silent there, and text tokens in the rest.
-    The last layer is left out: nobody reads its visual outputs.
+    The first ``text_channels`` channels are text's, the rest visual. Maxima over tokens and not means: a static scale
+    follows the maximum, and the few massive text tokens would hide all others in a mean. The last layer is left out:
+    nobody reads its visual outputs.
     """
     start, stop = IMAGE_START, IMAGE_START + NUM_VISUAL_TOKENS
     total = activations[0].new_zeros(())
     for inner in activations[:-1]:
-        visual = inner[:, start:stop].float().square().mean((0, 1))
-        text = torch.cat([inner[:, :start], inner[:, stop:]], dim=1).float().square().mean((0, 1))
-        wrong_visual = visual[:text_channels].mean() / (visual.mean() + 1e-6)
-        wrong_text = text[text_channels:].mean() / (text.mean() + 1e-6)
-        total = total + wrong_visual + wrong_text
+        visual = inner[:, start:stop].float().square().amax((0, 1))
+        text = torch.cat([inner[:, :start], inner[:, stop:]], dim=1).float().square().amax((0, 1))
+        total = total + _share(visual[:text_channels], text[:text_channels])
+        total = total + _share(text[text_channels:], visual[text_channels:])
     return total / (2 * (len(activations) - 1))
+
+
+def _share(intruder: Tensor, owner: Tensor) -> Tensor:
+    return intruder.mean() / (owner.mean().detach() + 1e-6)
 
 
 def answer_entropy(logits: Tensor, labels: Tensor) -> Tensor:

@@ -60,7 +60,7 @@ class TrainSettings:
     """
 
     seed: int = 0
-    steps: int = 10000
+    steps: int = 10600
     batch_size: int = 48
     text_only_every: int = 4
     learning_rate: float = 1.2e-3
