@@ -99,18 +99,14 @@ def read_line(rng: Random, difficulty: float) -> Example:
 
 
 def read_sign(rng: Random, difficulty: float, category: str = "") -> Example:
-    """Two coloured signs; one of them is asked for by colour."""
-    image = _page(rng, difficulty)
-    colors = rng.sample(sorted(COLORS), 2)
-    texts = [readable(rng), readable(rng)]
-    for color, text, box in zip(colors, texts, (TOP_BOX, BOTTOM_BOX), strict=True):
-        left, top, right, bottom = box
-        image.paste(COLORS[color], (left + 2, top + 1, right - 2, bottom - 1))
-        image.paste(WHITE, (left + 9, top + 7, right - 9, bottom - 7))
-        inner = (left + 13, top + 8, right - 13, bottom - 8)
-        draw_text(image, text, inner, _style(rng, difficulty, size_px=38), rng, difficulty)
-    pick = rng.randrange(2)
-    return vqa(image, vocab.QUESTIONS["sign"].format(color=colors[pick]), texts[pick], category)
+    """A sign in a coloured frame, in the upper or the lower half."""
+    image, color, text = _page(rng, difficulty), rng.choice(sorted(COLORS)), readable(rng)
+    left, top, right, bottom = rng.choice((TOP_BOX, BOTTOM_BOX))
+    image.paste(COLORS[color], (left + 2, top + 1, right - 2, bottom - 1))
+    image.paste(WHITE, (left + 9, top + 7, right - 9, bottom - 7))
+    inner = (left + 13, top + 8, right - 13, bottom - 8)
+    draw_text(image, text, inner, _style(rng, difficulty, size_px=38), rng, difficulty)
+    return vqa(image, vocab.QUESTIONS["sign"].format(color=color), text, category)
 
 
 def _field_value(rng: Random) -> str:
