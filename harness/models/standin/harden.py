@@ -35,8 +35,8 @@ class Hardness:
     outlier_gain: tuple[float, float] = (60.0, 150.0)
     vision_outlier_share: float = 0.5
     num_outliers: int = 4
-    modality_gap: float = 1.0
-    gap_share: float = 0.5
+    modality_gap: float = 6.0
+    gap_share: float = 0.15
     seed: int = 0
 
 
