@@ -27,7 +27,8 @@ It is made as hard to quantize as real models are. Trained in: large column mean
 paper) and MLP channels that specialise by modality. Function-preserving, applied after training: outlier channels
 behind every norm, and a modality gap at down_proj's input. `results/standin.md` shows what each does.
 
-Made by `mqbench standin train`; settings:
+Made by `mqbench standin train`. The settings below are those of the end of the run; `results/standin/history.md` tells
+what was changed while the shipped weights were trained.
 
 ```
 {settings}
