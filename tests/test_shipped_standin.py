@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from mqbench.harness import discover
 from mqbench.harness.models.adapter import LoadedModel
 from mqbench.harness.models.standin.benchmarks import BENCHMARKS, split_examples
+from mqbench.harness.models.standin.report import page
 from mqbench.harness.models.standin.study import batches_of
 from mqbench.harness.quant.scheme import Recipe
 from mqbench.harness.quant.session import Batch, QuantReport
@@ -18,7 +20,8 @@ from mqbench.harness.store import RecordStore
 
 NAME = "standin-qwen2-vl"
 FOLDER = Path(__file__).parents[1] / "harness" / "models" / "standin" / "weights" / NAME
-RECORDS = Path(__file__).parents[1] / "results" / "records"
+RESULTS = Path(__file__).parents[1] / "results"
+RECORDS = RESULTS / "records"
 TASKS = ("textvqa", "docvqa", "ocrbench", "mme", "scienceqa")
 
 
@@ -95,3 +98,12 @@ def test_shipped_records_separate_the_methods():
     kept = {method: recovery(records, method, bits) for method in ("rtn", "smoothquant", "quarot", "mquant")}
     assert kept["rtn"] < 60
     assert kept["rtn"] <= kept["smoothquant"] <= kept["quarot"] < kept["mquant"]
+
+
+def test_the_stand_ins_page_says_what_was_measured():
+    measured = json.loads((RESULTS / "standin" / "measured.json").read_text(encoding="utf-8"))
+    assert (RESULTS / "standin.md").read_text(encoding="utf-8") == page(measured)
+    kept = measured["scores"]["as shipped"]
+    ceiling = kept["W4 GPTQ, float activations"]
+    assert kept["RTN"] < kept["SmoothQuant"] < kept["QuaRot"] <= kept["MQuant"] - 5
+    assert kept["MQuant"] >= 0.98 * ceiling >= 0.98 * 0.95 * measured["scores"]["before hardening"]["float"]

@@ -32,6 +32,12 @@ PAGE = """\
 
 {training}
 
+Hardened afterwards, function-preserving:
+
+{hardness}
+
+[How the shipped weights came about](standin/history.md) tells what was changed while they were trained.
+
 Trained in: a constant added to each output row of the vision fc2 at initialization (`fc2_mean`: large column means,
 Eq. 9), and a penalty that gives MLP channels to one modality (`penalty_weight`). What a model trained without them
 scores was not measured for this page: that takes two more trainings (`mqbench standin train --no-fc2-mean`,
@@ -79,7 +85,7 @@ def write_report(run: Path, results: Path, study: Study) -> None:
     plot_loss([CurvePoint(**row) for row in study.curve], folder / "loss.png")
     _plot_ranges(measured["ranges"], folder / "ranges.png")
     _plot_weights(study, folder / "weights.png")
-    (results / "standin.md").write_text(_page(measured), encoding="utf-8")
+    (results / "standin.md").write_text(page(measured), encoding="utf-8")
 
 
 def measure(study: Study) -> dict[str, Any]:
@@ -109,7 +115,8 @@ def _margins(report: QuantReport) -> dict[str, float]:
     return {name: layer.eq9_margin for name, layer in report.layers.items() if layer.eq9_margin is not None}
 
 
-def _page(measured: Mapping[str, Any]) -> str:
+def page(measured: Mapping[str, Any]) -> str:
+    """The page as Markdown, from what ``measured.json`` holds."""
     environment_ = measured["environment"]
     scores = measured["scores"]
     labels = [setting.label for setting in SETTINGS]
@@ -119,7 +126,8 @@ def _page(measured: Mapping[str, Any]) -> str:
     return PAGE.format(
         device=environment_["cpu"],
         commit=(environment_["git"] or {"commit": "unknown"})["commit"][:12],
-        training=_listed(measured["training"]) + "\n" + _listed(measured["hardness"]),
+        training=_listed(measured["training"]),
+        hardness=_listed(measured["hardness"]),
         float_score=scores["before hardening"]["float"],
         scores=_table(["method", *VARIANTS], rows),
         ranges=_table(["input of", "float", "rotated"], ranges),
