@@ -14,7 +14,13 @@ import torch
 from torch import Tensor, nn
 from transformers import Qwen2VLForConditionalGeneration
 
-from mqbench.harness.models.standin.objective import IMAGE_START, NUM_VISUAL_TOKENS, TrainBatch, logits_and_activations
+from mqbench.harness.models.standin.objective import (
+    IMAGE_START,
+    NUM_VISUAL_TOKENS,
+    TrainBatch,
+    logits_and_activations,
+    real_tokens,
+)
 
 
 @dataclass(frozen=True)
@@ -97,11 +103,9 @@ def _batch_maxima(inner: Tensor, batch: TrainBatch) -> tuple[Tensor, Tensor]:
 
 def _text_rows(inner: Tensor, batch: TrainBatch) -> Tensor:
     """Rows of real text tokens: no visual token, and no padding (it stands behind the answer)."""
-    keep = torch.ones(inner.shape[:2], dtype=torch.bool, device=inner.device)
+    keep = real_tokens(batch)
     if batch.patches is not None:
         keep[:, IMAGE_START : IMAGE_START + NUM_VISUAL_TOKENS] = False
-    last = (batch.labels != -100).long().cumsum(1).argmax(1)
-    keep &= torch.arange(inner.shape[1], device=inner.device) <= last[:, None]
     return inner[keep]
 
 

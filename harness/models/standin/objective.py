@@ -142,6 +142,21 @@ def _share(intruder: Tensor, owner: Tensor) -> Tensor:
     return intruder.mean() / (owner.mean().detach() + 1e-6)
 
 
+def real_tokens(batch: TrainBatch) -> Tensor:
+    """(B, T) bool: up to an answer's last token; padding stands behind it."""
+    last = (batch.labels != -100).long().cumsum(1).argmax(1)
+    return torch.arange(batch.input_ids.shape[1], device=batch.input_ids.device) <= last[:, None]
+
+
+def answered_exactly(logits: Tensor, labels: Tensor) -> list[bool]:
+    """Per row, whether every answer token is the greedy one behind the right ones before it.
+
+    Shapes: logits (B, T, vocabulary), labels (B, T) with -100 outside answers.
+    """
+    wanted = labels[:, 1:]
+    return ((logits[:, :-1].argmax(-1) == wanted) | (wanted == -100)).all(1).tolist()
+
+
 def answer_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     """Mean over examples of the mean cross entropy of an answer's tokens: short answers weigh as much as long ones.
 

@@ -21,7 +21,7 @@ from mqbench.harness.models.qwen2_vl import qwen2_vl_layout
 from mqbench.harness.models.standin.benchmarks import BENCHMARKS, split_examples
 from mqbench.harness.models.standin.build import load_run, measured_batches, text_channels_of
 from mqbench.harness.models.standin.harden import Hardness, harden
-from mqbench.harness.models.standin.objective import GRID, PATCH_PX
+from mqbench.harness.models.standin.objective import GRID, PATCH_PX, answered_exactly, real_tokens
 from mqbench.harness.models.standin.tasks import Example
 from mqbench.harness.models.standin.train import collate
 from mqbench.harness.quant.scheme import Recipe
@@ -73,9 +73,7 @@ def model_inputs(
 ) -> Scored:
     """Examples that all have an image, or all have none, as transformers' inputs (right-padded)."""
     made = collate(examples, tokenizer)
-    last = (made.labels != -100).long().cumsum(1).argmax(1)
-    mask = (torch.arange(made.input_ids.shape[1]) <= last[:, None]).long()
-    batch: dict[str, Tensor] = {"input_ids": made.input_ids, "attention_mask": mask}
+    batch: dict[str, Tensor] = {"input_ids": made.input_ids, "attention_mask": real_tokens(made).long()}
     if made.patches is not None:
         count = len(examples)
         frames = made.patches.view(count, -1, 3, PATCH_PX**2)
@@ -98,11 +96,7 @@ def batches_of(
 @torch.no_grad()
 def exact_match_percent(model: Qwen2VLForConditionalGeneration, scored: Sequence[Scored]) -> float:
     """Percent of rows whose whole answer is the greedy one."""
-    hits: list[bool] = []
-    for item in scored:
-        predicted = model(**item.batch).logits[:, :-1].argmax(-1)
-        wanted = item.labels[:, 1:]
-        hits += ((predicted == wanted) | (wanted == -100)).all(1).tolist()
+    hits = [hit for item in scored for hit in answered_exactly(model(**item.batch).logits, item.labels)]
     return 100 * sum(hits) / len(hits)
 
 
@@ -116,6 +110,7 @@ class Study:
         self.plain, self.tokenizer = trained.model.eval().requires_grad_(False), trained.tokenizer
         self.training, self.curve = trained.settings, trained.curve
         self.layout = qwen2_vl_layout(self.plain)
+        self.measured = measured_batches(self.tokenizer)
         splits = {entry.name: split_examples(entry) for entry in BENCHMARKS}
         self.benchmarks = {name: self._batches(made[""]) for name, made in splits.items()}
         drawn = [row for made in splits.values() for row in made["calibration"][:CALIBRATION_PER_BENCHMARK]]
@@ -127,7 +122,7 @@ class Study:
     def hardened(self, **changes: Any) -> Qwen2VLForConditionalGeneration:
         """A fresh model with the study's hardness, some ingredients changed."""
         model = load_run(self.run).model
-        harden(model, replace(self.hardness, **changes), measured_batches(self.tokenizer), text_channels_of(model))
+        harden(model, replace(self.hardness, **changes), self.measured, text_channels_of(model))
         return model.eval().requires_grad_(False)
 
     def quantized(

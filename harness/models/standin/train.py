@@ -23,6 +23,7 @@ from mqbench.harness.models.standin.architecture import build_config, build_mode
 from mqbench.harness.models.standin.objective import (
     NUM_VISUAL_TOKENS,
     TrainBatch,
+    answered_exactly,
     logits_and_activations,
     patchify,
     training_loss,
@@ -133,9 +134,7 @@ def exact_match(
 ) -> list[bool]:
     """Greedy exact match per example: every answer token is the argmax behind the right ones before it."""
     batch = collate(examples, tokenizer, device)
-    predicted = logits_and_activations(model, batch)[0][:, :-1].argmax(-1)
-    wanted = batch.labels[:, 1:]
-    return ((predicted == wanted) | (wanted == -100)).all(1).tolist()
+    return answered_exactly(logits_and_activations(model, batch)[0], batch.labels)
 
 
 def validation_examples(count: int) -> dict[str, list[Example]]:
