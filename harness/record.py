@@ -14,8 +14,11 @@ from typing import Any
 from mqbench.harness.errors import RecordError
 from mqbench.harness.quant.scheme import Recipe
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 """Version of the JSON form of a ``Record``; raised when a field is added, renamed or changes its meaning."""
+
+ADDED_FIELDS: Mapping[int, Mapping[str, Any]] = MappingProxyType({2: {"arrays": {}}})
+"""Fields that a version brought, with what they are in older records."""
 
 
 class Status(StrEnum):
@@ -129,6 +132,7 @@ class Record:
         score: The benchmark's headline figure on its own scale; None when failed.
         metrics: Every figure that the evaluator gave, by name.
         samples: One entry per evaluated row.
+        arrays: Series of numbers for figures, by name.
         environment: See ``environment.describe``.
         backend: Simulated or real integer computation.
         started_at: ISO 8601, UTC.
@@ -145,6 +149,7 @@ class Record:
     score: float | None = None
     metrics: Mapping[str, float] = field(default_factory=dict)
     samples: Sequence[Sample] = ()
+    arrays: Mapping[str, Sequence[float]] = field(default_factory=dict)
     environment: Mapping[str, Any] = field(default_factory=dict)
     backend: Backend = Backend.SIMULATED
     quantize_s: float = 0.0
@@ -169,6 +174,7 @@ class Record:
             "cell": self.cell.to_json(),
             "metrics": dict(self.metrics),
             "samples": [asdict(sample) for sample in self.samples],
+            "arrays": {name: list(values) for name, values in self.arrays.items()},
             "environment": dict(self.environment),
         }
 
@@ -180,7 +186,7 @@ class Record:
             RecordError: written by a newer version, or a field is missing, unknown, of the wrong type, or does not
                 fit the stored key.
         """
-        _check_version(data)
+        data = _upgraded(data)
         _check_fields("record", data, cls, extra={"key"})
         rest = {name: value for name, value in data.items() if name != "key"}
         record = cls(**{**rest, **_parsed_fields(rest)})
@@ -224,7 +230,8 @@ def _parsed_fields(data: Mapping[str, Any]) -> dict[str, Any]:
         raise RecordError(f"not a valid record: {error}") from error
 
 
-def _check_version(data: Mapping[str, Any]) -> None:
+def _upgraded(data: Mapping[str, Any]) -> dict[str, Any]:
+    """A record of any known version in today's form."""
     version = data.get("schema_version")
     if not isinstance(version, int):
         raise RecordError("not a valid record: 'schema_version' is missing")
@@ -232,6 +239,9 @@ def _check_version(data: Mapping[str, Any]) -> None:
         raise RecordError(
             f"written by a newer mqbench (schema {version}, this one reads up to {SCHEMA_VERSION}); upgrade mqbench"
         )
+    added = [fields for since, fields in ADDED_FIELDS.items() if since > version]
+    filled = {name: value for fields in added for name, value in fields.items()} | dict(data)
+    return filled | {"schema_version": SCHEMA_VERSION}
 
 
 _JSON_TYPES: Mapping[str, type | tuple[type, ...]] = MappingProxyType(

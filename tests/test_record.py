@@ -60,6 +60,19 @@ def test_round_trip(record: Record) -> None:
     assert Record.from_json(json.loads(canonical_json(record.to_json()))) == record
 
 
+def test_a_record_of_version_1_is_read_without_arrays() -> None:
+    new = make_record().to_json()
+    old = {name: value for name, value in new.items() if name != "arrays"} | {"schema_version": 1}
+    assert Record.from_json(old) == make_record()
+    with pytest.raises(RecordError, match="lacks .*arrays"):
+        Record.from_json({**old, "schema_version": 2})
+
+
+def test_arrays_survive_the_file() -> None:
+    record = make_record(arrays={"edges": [0.0, 0.1], "counts": [3.0]})
+    assert Record.from_json(json.loads(canonical_json(record.to_json()))) == record
+
+
 @settings(max_examples=60)
 @given(prediction=st.text(), index=st.text(), score=st.none() | st.floats(allow_nan=False, allow_infinity=False))
 def test_round_trip_keeps_any_answer_on_one_line(prediction: str, index: str, score: float | None) -> None:

@@ -13,7 +13,7 @@ import pytest
 
 from fakes.records import failed_record, make_cell, make_record
 from mqbench.harness.errors import OutputError, RecordError
-from mqbench.harness.record import canonical_json
+from mqbench.harness.record import SCHEMA_VERSION, canonical_json
 from mqbench.harness.store import DamagedLineWarning, RecordStore
 
 WRITER = """
@@ -96,7 +96,7 @@ def test_a_complete_line_without_newline_is_kept(store: RecordStore) -> None:
 
 def test_an_unreadable_record_is_named_not_dropped(store: RecordStore) -> None:
     store.append(make_record())
-    store.path.write_text(store.path.read_text().replace('"schema_version":1', '"schema_version":99'))
+    store.path.write_text(store.path.read_text().replace(f'"schema_version":{SCHEMA_VERSION}', '"schema_version":99'))
     with pytest.raises(RecordError, match=r"line 1: .*newer mqbench"):
         store.load()
 
