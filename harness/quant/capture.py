@@ -30,6 +30,9 @@ Replay = Callable[[OnRows], None]
 Visit = Callable[[tuple[str, ...], Replay], None]
 """What to do with a group of linears that share one input."""
 
+VisitBlock = Callable[[Block, "Sequence[Call]"], None]
+"""What to do with a block, given its calls in all calibration batches."""
+
 
 class _Reached(Exception):
     """Ends a forward pass early, once what it was run for has been seen."""
@@ -72,10 +75,27 @@ def capture_calls(session: Session, name: str) -> list[Call]:
 
 @torch.no_grad()
 def run_block(session: Session, name: str, call: Call) -> Tensor:
-    """The hidden states that block ``name`` returns for a captured call."""
+    """The hidden states that block ``name`` (or a part of one) returns for a captured call."""
     session.context.visual, session.context.valid = call.visual, call.valid
     output = session.model.get_submodule(name)(*call.args, **call.kwargs)
     return output[0] if isinstance(output, tuple) else output
+
+
+@torch.no_grad()
+def part_calls(session: Session, block: str, part: str, calls: Sequence[Call]) -> list[Call]:
+    """The calls of module ``part`` inside ``block``, one for each call of the block; the pass stops there."""
+    seen: list[Call] = []
+
+    def record(call: Call, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        seen.append(replace(call, args=args, kwargs=_without_cache(kwargs)))
+        raise _Reached
+
+    for call in calls:
+        handle = session.model.get_submodule(part).register_forward_pre_hook(partial(record, call), with_kwargs=True)
+        with _removing(handle):
+            _until_reached(partial(run_block, session, block, call))
+    session.context.clear()
+    return seen
 
 
 @contextmanager
@@ -128,6 +148,28 @@ def visit_groups(session: Session, visit: Visit) -> None:
     _visit_tower(session, layout.text, visit)
 
 
+def visit_blocks(session: Session, tower: Tower, visit: VisitBlock) -> None:
+    """Visits the blocks of a tower in order of execution; none when the tower's weights stay in floating point.
+
+    Each block's calls come from the model as it is once the blocks before it were visited. Only one block's inputs
+    are kept at a time.
+    """
+    names = [name for block in tower.blocks for name in block.linears]
+    if not names or all(session.scheme(name).weights is None for name in names):
+        return
+    calls = capture_calls(session, tower.blocks[0].name)
+    for block in tower.blocks:
+        visit(block, calls)
+        if block is not tower.blocks[-1]:
+            calls = [call.with_hidden(run_block(session, block.name, call)) for call in calls]
+    session.context.clear()
+
+
+def block_replay(session: Session, block: Block, name: str, calls: Sequence[Call]) -> Replay:
+    """Hands over the rows of linear ``name`` of a block, given the block's calls."""
+    return partial(_replay_block, session, block.name, name, calls)
+
+
 def block_groups(session: Session, block: Block) -> list[tuple[str, ...]]:
     """The linears of a block that share one input; a linear with its own transform or RMS split stands alone."""
     groups: list[tuple[str, ...]] = []
@@ -144,16 +186,11 @@ def _visit_alone(session: Session, name: str, visit: Visit) -> None:
 
 
 def _visit_tower(session: Session, tower: Tower, visit: Visit) -> None:
-    names = [name for block in tower.blocks for name in block.linears]
-    if not names or all(session.scheme(name).weights is None for name in names):
-        return
-    calls = capture_calls(session, tower.blocks[0].name)
-    for block in tower.blocks:
+    def visit_block(block: Block, calls: Sequence[Call]) -> None:
         for group in block_groups(session, block):
-            visit(group, partial(_replay_block, session, block.name, group[0], calls))
-        if block is not tower.blocks[-1]:
-            calls = [call.with_hidden(run_block(session, block.name, call)) for call in calls]
-    session.context.clear()
+            visit(group, block_replay(session, block, group[0], calls))
+
+    visit_blocks(session, tower, visit_block)
 
 
 def _replay_model(session: Session, name: str, on_rows: OnRows) -> None:
