@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 import torch
 from torch import Tensor
 
 from mqbench.harness.errors import CalibrationError, NonFiniteError
-from mqbench.harness.quant.calibrate import store_and_report
+from mqbench.harness.quant.calibrate import WEIGHT_CLIP, ZERO_POINT, store_and_report
 from mqbench.harness.quant.capture import Replay, visit_groups
+from mqbench.harness.quant.options import Option
 from mqbench.harness.quant.scheme import QuantArgs
 from mqbench.harness.quant.session import Session
 from mqbench.harness.quant.weight import (
@@ -28,11 +30,20 @@ DAMPING = 0.01
 DAMPING_GROWTH = 10.0
 DAMPING_TRIES = 6
 
+OPTIONS = (
+    replace(WEIGHT_CLIP, default="mse"),
+    ZERO_POINT,
+    Option("act_order", True, kind=bool, help="GPTQ rounds the columns of large inputs first"),
+    Option("percdamp", DAMPING, kind=float, minimum=1e-8, help="GPTQ's damping, as a share of the mean diagonal"),
+    Option("block_size", BLOCK_SIZE, kind=int, minimum=1, help="GPTQ's columns between two updates of the rest"),
+)
+
 
 def round_weights_gptq(session: Session) -> None:
     """Rounds every weight by GPTQ, each on the inputs that the already rounded layers before it produce.
 
-    Options: ``weight_clip`` (default ``mse``), ``act_order`` (True), ``percdamp`` (0.01), ``block_size`` (128).
+    Options: ``weight_clip`` (default ``mse``), ``act_order`` (True), ``percdamp`` (0.01), ``block_size`` (128),
+    ``zero_point`` (False).
 
     Raises:
         CalibrationError: no calibration row reaches a layer that is to be rounded.
@@ -44,7 +55,7 @@ def round_weights_gptq(session: Session) -> None:
 def _round_group(session: Session, names: tuple[str, ...], replay: Replay) -> None:
     hessian = input_hessian(replay, names[0])
     for name in names:
-        linear, args = session.linears[name], session.scheme(name).weights
+        linear, args = session.linears[name], session.weight_args(name)
         assert args is not None
         check_finite(linear.weight, name)
         rounded = gptq_round(

@@ -8,17 +8,35 @@ static scale per tensor by default, as the MQuant paper frames this baseline; Qu
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from types import MappingProxyType
 
+from mqbench.baselines import gptq, rotation
 from mqbench.baselines.gptq import round_weights_gptq
 from mqbench.baselines.rotation import rotation_steps
 from mqbench.harness.errors import UnknownNameError
-from mqbench.harness.quant.calibrate import attach_input_quantizers, calibrate_activations, round_weights_rtn
+from mqbench.harness.quant.calibrate import (
+    ACTIVATION_OPTIONS,
+    WEIGHT_CLIP,
+    attach_input_quantizers,
+    calibrate_activations,
+    round_weights_rtn,
+)
 from mqbench.harness.quant.method import StepMethod
+from mqbench.harness.quant.options import Option, merge_options
 from mqbench.harness.quant.scheme import Recipe
 from mqbench.harness.quant.session import Step
 
 ROUNDINGS: Mapping[str, Step] = MappingProxyType({"gptq": round_weights_gptq, "rtn": round_weights_rtn})
+
+ROUNDING_OPTIONS = merge_options(
+    (
+        Option("rounding", "gptq", tuple(ROUNDINGS), help="how weights are rounded"),
+        replace(WEIGHT_CLIP, default=None, help="how the range of a weight group is chosen; gptq: mse, rtn: minmax"),
+    ),
+    gptq.OPTIONS,
+)
+"""What ``rounding_step`` and the step that it gives read."""
 
 
 def rounding_step(recipe: Recipe) -> Step:
@@ -34,7 +52,7 @@ def rounding_step(recipe: Recipe) -> Step:
 
 
 def quarot_steps(recipe: Recipe) -> Sequence[Step]:
-    """Rotate, round, calibrate. Options: those of ``rotation_steps``, ``rounding``, ``activations``, ``observer``."""
+    """Rotate, round, calibrate."""
     return (*rotation_steps(recipe), rounding_step(recipe), attach_input_quantizers, calibrate_activations)
 
 
@@ -44,4 +62,5 @@ METHOD = StepMethod(
     summary="residual rotation and online Hadamards, GPTQ weights, static per-tensor activations",
     steps=quarot_steps,
     uses_data=True,
+    options=(*rotation.OPTIONS, *ROUNDING_OPTIONS, *ACTIVATION_OPTIONS),
 )

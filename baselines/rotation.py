@@ -23,29 +23,35 @@ from mqbench.baselines.fusion import (
 )
 from mqbench.harness.errors import LayoutError
 from mqbench.harness.quant.layout import Attention, Part, Tower
+from mqbench.harness.quant.options import Option
 from mqbench.harness.quant.scheme import Recipe
 from mqbench.harness.quant.session import Session, Step
 from mqbench.harness.quant.transforms import HeadHadamard, OnlineHadamard
 from mqbench.kernels.hadamard import hadamard_transform, padded_size
 
+OPTIONS = (
+    Option("ln2rms", True, kind=bool, help="LayerNorm towers become RMSNorm towers; without it they are not rotated"),
+    Option("rotation", True, kind=bool, help="residual stream and value heads are rotated"),
+    Option("online_hadamard", True, kind=bool, help="online Hadamard in front of fc2 and down_proj"),
+    Option("online_out_hadamard", False, kind=bool, help="QuaRot's online Hadamard across heads before each o_proj"),
+)
+"""The switches of ``rotation_steps``."""
+
 
 def rotation_steps(recipe: Recipe) -> list[Step]:
     """The exact transforms of a rotation method, in order.
 
-    Options of the recipe, all but the last on by default:
-        ln2rms: LayerNorm towers become RMSNorm towers; without it they are not rotated.
-        rotation: Residual stream and value heads are rotated.
-        online_hadamard: Online Hadamard in front of each block's last linear.
-        online_out_hadamard: QuaRot's online Hadamard across heads in front of each attention's output projection.
+    Each switch of ``OPTIONS`` turns its steps on or off; norm affines are always fused.
     """
-    switches: tuple[tuple[str, bool, Step], ...] = (
-        ("ln2rms", True, layernorm_to_rmsnorm),
-        ("rotation", True, rotate_residual),
-        ("rotation", True, rotate_values),
-        ("online_hadamard", True, attach_online_hadamard),
-        ("online_out_hadamard", False, attach_out_hadamard),
+    on = {option.name: recipe.options.get(option.name, option.default) for option in OPTIONS}
+    switches: tuple[tuple[str, Step], ...] = (
+        ("ln2rms", layernorm_to_rmsnorm),
+        ("rotation", rotate_residual),
+        ("rotation", rotate_values),
+        ("online_hadamard", attach_online_hadamard),
+        ("online_out_hadamard", attach_out_hadamard),
     )
-    return [fuse_norms, *(step for key, default, step in switches if recipe.options.get(key, default))]
+    return [fuse_norms, *(step for key, step in switches if on[key])]
 
 
 @torch.no_grad()

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from mqbench.harness.quant.calibrate import attach_input_quantizers, calibrate_activations, round_weights_rtn
+from mqbench.harness.quant.calibrate import OPTIONS, attach_input_quantizers, calibrate_activations, round_weights_rtn
 from mqbench.harness.quant.method import StepMethod
 from mqbench.harness.quant.scheme import Recipe
 from mqbench.harness.quant.session import Step
 
 
 def rtn_steps(recipe: Recipe) -> Sequence[Step]:
-    """Round, then calibrate. Options: ``weight_clip``, ``activations``, ``observer``."""
+    """Round, then calibrate."""
     return (round_weights_rtn, attach_input_quantizers, calibrate_activations)
 
 
@@ -20,4 +20,5 @@ METHOD = StepMethod(
     aliases=("round-to-nearest",),
     summary="round-to-nearest weights, static per-tensor activations",
     steps=rtn_steps,
+    options=OPTIONS,
 )

@@ -13,15 +13,21 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from mqbench.harness.quant import calibrate
 from mqbench.harness.quant.calibrate import attach_input_quantizers, calibrate_activations, round_weights_rtn
 from mqbench.harness.quant.capture import collect_rows
 from mqbench.harness.quant.layout import Norm
 from mqbench.harness.quant.method import StepMethod
+from mqbench.harness.quant.options import Option
 from mqbench.harness.quant.scheme import Recipe
 from mqbench.harness.quant.session import Session, Step
 
 ALPHA = 0.5
 SMALLEST = 1e-5
+
+OPTIONS = (
+    Option("alpha", ALPHA, kind=float, minimum=0, maximum=1, help="share of an outlier that moves into the weights"),
+)
 
 
 def smooth(session: Session) -> None:
@@ -91,7 +97,7 @@ def _has_gain(session: Session, norm: Norm) -> bool:
 
 
 def smoothquant_steps(recipe: Recipe) -> Sequence[Step]:
-    """Smooth, round, calibrate. Options: ``alpha``, ``weight_clip``, ``activations``, ``observer``."""
+    """Smooth, round, calibrate."""
     return (smooth, round_weights_rtn, attach_input_quantizers, calibrate_activations)
 
 
@@ -101,4 +107,5 @@ METHOD = StepMethod(
     summary="activation outliers smoothed into weights, then round-to-nearest",
     steps=smoothquant_steps,
     uses_data=True,
+    options=(*OPTIONS, *calibrate.OPTIONS),
 )

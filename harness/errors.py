@@ -13,11 +13,11 @@ class MQBenchError(Exception):
 class UnknownNameError(MQBenchError):
     """A model, method, task or bit setting that is not registered."""
 
-    def __init__(self, kind: str, name: str, known: Iterable[str]) -> None:
+    def __init__(self, kind: str, name: str, known: Iterable[str], hint: str | None = None) -> None:
         names = sorted(known)
         close = get_close_matches(name, names, n=1)
-        hint = f"did you mean '{close[0]}'?" if close else f"known: {', '.join(names)}"
-        super().__init__(f"unknown {kind} '{name}'; {hint}")
+        nearest = f"did you mean '{close[0]}'?" if close else f"known: {', '.join(names)}"
+        super().__init__(f"unknown {kind} '{name}'; {hint or nearest}")
 
 
 class MissingWeightsError(MQBenchError):

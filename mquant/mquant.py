@@ -3,35 +3,43 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from torch import nn
 
-from mqbench.baselines.quarot import rounding_step
+from mqbench.baselines import rotation
+from mqbench.baselines.quarot import ROUNDING_OPTIONS, rounding_step
 from mqbench.baselines.rotation import rotation_steps
-from mqbench.harness.quant.calibrate import attach_input_quantizers, calibrate_activations
+from mqbench.harness.quant.calibrate import (
+    ACTIVATION_OPTIONS,
+    ACTIVATIONS,
+    attach_input_quantizers,
+    calibrate_activations,
+)
 from mqbench.harness.quant.layout import Layout
 from mqbench.harness.quant.method import StepMethod
 from mqbench.harness.quant.modality import ModalityContext
+from mqbench.harness.quant.options import Option, merge_options
 from mqbench.harness.quant.scheme import Recipe
 from mqbench.harness.quant.session import Step
+from mqbench.mquant import rms
 from mqbench.mquant.aifs import enable_aifs, reorder_tokens
 from mqbench.mquant.msq import attach_msq
 from mqbench.mquant.rms import split_spikes
+
+SWITCHES = (
+    Option("rms", True, kind=bool, help="RMS: input channel 0 leaves the matrix product where Eq. 9 holds"),
+    Option("msq", True, kind=bool, help="two static scales per LLM linear, visual and text; without it one"),
+    Option("aifs", True, kind=bool, help="visual tokens run first; it changes no output"),
+)
+STRATEGY = replace(ACTIVATIONS, default=None, help="overrides msq; its own default: modality with msq, tensor without")
+OPTIONS = merge_options(SWITCHES, rotation.OPTIONS, rms.OPTIONS, ROUNDING_OPTIONS, (STRATEGY,), ACTIVATION_OPTIONS)
 
 
 def mquant_steps(recipe: Recipe) -> Sequence[Step]:
     """Exact transforms, RMS split, weights, static scales, reordering (paper Fig. 2 and Sec. 3).
 
-    Switches of the recipe, all True by default:
-        ln2rms, rotation, online_hadamard: See ``rotation_steps``.
-        rms: Split input channel 0 off where Eq. 9 holds; also ``rms_rule``, ``rms_x0_bits``.
-        msq: Two static scales per LLM linear, visual and text; without it one.
-        aifs: Visual tokens run first. It changes no output, only where the scales' boundary lies.
-
-    Further options:
-        rounding: ``gptq`` (the default) or ``rtn``.
-        activations: Overrides ``msq``: ``modality``, ``tensor`` or ``token`` (dynamic).
-        observer, weight_clip, act_order, percdamp, block_size, online_out_hadamard: See the steps.
+    ``SWITCHES`` and those of ``rotation_steps`` turn parts off; ``OPTIONS`` has all that the steps read.
 
     Raises:
         UnknownNameError: ``rounding`` is unknown.
@@ -62,5 +70,6 @@ METHOD = StepMethod(
     summary="QuaRot plus split spikes (RMS), scales per modality (MSQ) and visual tokens first (AIFS)",
     steps=mquant_steps,
     uses_data=True,
+    options=OPTIONS,
     restore=restore_order,
 )

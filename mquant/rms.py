@@ -18,6 +18,7 @@ from mqbench.harness.errors import UnknownNameError
 from mqbench.harness.quant.activation import fake_quantize
 from mqbench.harness.quant.calibrate import layer_report
 from mqbench.harness.quant.linear import QuantLinear
+from mqbench.harness.quant.options import Option
 from mqbench.harness.quant.scheme import QuantArgs
 from mqbench.harness.quant.session import Session
 from mqbench.harness.quant.transforms import OnlineHadamard
@@ -34,6 +35,11 @@ RULES: Mapping[str, Callable[[Tensor, Tensor], bool]] = MappingProxyType(
     }
 )
 """How Eq. 9, stated per output column j, decides for a whole layer; the paper leaves it unsaid."""
+
+OPTIONS = (
+    Option("rms_rule", "median", tuple(RULES), help="how Eq. 9, which is per output column, decides for a layer"),
+    Option("rms_x0_bits", None, (None, 4, 8), help="bits of the split weights w0"),
+)
 
 
 @torch.no_grad()
@@ -61,6 +67,7 @@ def split_spikes(session: Session) -> None:
         report = layer_report(session, name)
         spike, peak = eq9_sides(linear)
         report.eq9_margin = _margin(spike, peak)
+        report.eq9_rules = {name: holds(spike, peak) for name, holds in RULES.items()}
         report.rms_split = rule(spike, peak)
         if report.rms_split:
             split_channel0(linear, session.option("rms_x0_bits", None))

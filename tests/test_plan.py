@@ -143,7 +143,7 @@ MISTAKES: list[tuple[dict[str, Any], type[MQBenchError], str]] = [
     ({"tasks": ("textvqq",)}, UnknownNameError, "unknown task 'textvqq'; did you mean 'textvqa'"),
     ({"tasks": ()}, RequestError, "no task"),
     ({"tasks": ("mme",)}, DatasetError, "no file for task 'mme'"),
-    ({"bits": ("w3a8",)}, UnknownNameError, "unknown bit setting 'w3a8'"),
+    ({"bits": ("w9a8",)}, UnknownNameError, "unknown bit setting 'w9a8'"),
     ({"bits": ("float",)}, RequestError, "quantize nothing"),
     ({"dtype": "int8"}, UnknownNameError, "unknown dtype 'int8'"),
     ({"device": "tpu"}, RequestError, "unknown device 'tpu'"),

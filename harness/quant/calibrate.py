@@ -7,11 +7,27 @@ from dataclasses import replace
 from mqbench.harness.errors import UnknownNameError
 from mqbench.harness.quant.activation import InputQuantizer
 from mqbench.harness.quant.layout import Part
+from mqbench.harness.quant.observers import OBSERVERS
+from mqbench.harness.quant.options import Option
 from mqbench.harness.quant.scheme import QuantArgs, Strategy
 from mqbench.harness.quant.session import LayerReport, Session
 from mqbench.harness.quant.weight import Clip, RoundedWeight, round_to_nearest, store_rounded
 
-ACTIVATIONS = (Strategy.TENSOR, Strategy.MODALITY, Strategy.TOKEN)
+STRATEGIES = (Strategy.TENSOR, Strategy.MODALITY, Strategy.TOKEN)
+
+ZERO_POINT = Option("zero_point", False, kind=bool, help="asymmetric weight grids")
+WEIGHT_CLIP = Option("weight_clip", "minmax", tuple(map(str, Clip)), help="how the range of a weight group is chosen")
+WEIGHT_OPTIONS = (WEIGHT_CLIP, ZERO_POINT)
+"""What ``round_weights_rtn`` reads."""
+
+ACTIVATIONS = Option("activations", "tensor", tuple(map(str, STRATEGIES)), help="which values share one input scale")
+ACTIVATION_OPTIONS = (
+    ACTIVATIONS,
+    Option("observer", "minmax", tuple(OBSERVERS), help="how static scales follow from what calibration showed"),
+)
+"""What ``attach_input_quantizers`` and ``calibrate_activations`` read."""
+
+OPTIONS = (*WEIGHT_OPTIONS, *ACTIVATION_OPTIONS)
 
 
 def attach_input_quantizers(session: Session, text_strategy: str = Strategy.TENSOR) -> None:
@@ -25,8 +41,8 @@ def attach_input_quantizers(session: Session, text_strategy: str = Strategy.TENS
         UnknownNameError: an option's value is unknown.
     """
     strategy = session.option("activations", text_strategy)
-    if strategy not in ACTIVATIONS:
-        raise UnknownNameError("activation strategy", strategy, ACTIVATIONS)
+    if strategy not in STRATEGIES:
+        raise UnknownNameError("activation strategy", strategy, STRATEGIES)
     observer = session.option("observer", "minmax")
     for name, linear in session.linears.items():
         args = session.scheme(name).activations
@@ -69,7 +85,7 @@ def round_weights_rtn(session: Session) -> None:
     """
     clip = session.option("weight_clip", Clip.MINMAX)
     for name, linear in session.linears.items():
-        args = session.scheme(name).weights
+        args = session.weight_args(name)
         if args is not None:
             store_and_report(session, name, round_to_nearest(linear.weight, args, clip, name), args)
 

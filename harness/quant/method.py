@@ -14,6 +14,7 @@ from mqbench.harness.quant.calibrate import layer_report
 from mqbench.harness.quant.layout import Layout
 from mqbench.harness.quant.linear import QuantLinear, wrap_linears
 from mqbench.harness.quant.modality import ModalityContext, track_modality
+from mqbench.harness.quant.options import Option, check_options, declared_defaults
 from mqbench.harness.quant.scheme import Recipe, Strategy
 from mqbench.harness.quant.session import Batch, QuantReport, Session, Step
 from mqbench.harness.quant.weight import check_finite
@@ -32,6 +33,7 @@ class StepMethod:
         summary: One line for ``mqbench methods``.
         steps: The steps of a recipe, in order. An ablation is a recipe for which a step is left out.
         uses_data: Some step reads the calibration batches even when no static activation scale is asked for.
+        options: The recipe options that its steps read; a recipe with another one is refused.
         restore: Called by ``serialize.load_quantized`` on the loaded model; None where tensors and modules say it all.
     """
 
@@ -40,21 +42,25 @@ class StepMethod:
     summary: str
     steps: Callable[[Recipe], Sequence[Step]]
     uses_data: bool = False
+    options: tuple[Option, ...] = ()
     restore: Restore | None = None
 
     def quantize(self, model: nn.Module, layout: Layout, recipe: Recipe, batches: Sequence[Batch]) -> QuantReport:
         """Quantizes ``model`` in place; the modality hooks stay on it.
 
         Raises:
+            UnknownNameError: the recipe has an option that the method does not have, or not with that value.
+            RequestError: an option's value is of the wrong kind, or out of range.
             CalibrationError: the recipe needs calibration data and ``batches`` is empty.
             LayoutError: ``layout`` does not describe ``model``.
             NonFiniteError: a weight or an activation is NaN or Inf (names the layer).
         """
+        check_options(self, recipe)
         layout.check(model)
         check_weights(model)
         if not batches and self.needs_data(recipe):
             raise CalibrationError(f"method '{self.name}' at {recipe.bits} needs calibration samples; give some")
-        session = open_session(model, layout, recipe, batches)
+        session = open_session(model, layout, recipe, batches, self.options)
         for step in self.steps(recipe):
             _run_timed(step, session)
         session.context.clear()
@@ -70,14 +76,17 @@ class StepMethod:
         return static and any(scheme.activations is not None for scheme in schemes)
 
 
-def open_session(model: nn.Module, layout: Layout, recipe: Recipe, batches: Sequence[Batch]) -> Session:
+def open_session(
+    model: nn.Module, layout: Layout, recipe: Recipe, batches: Sequence[Batch], options: tuple[Option, ...] = ()
+) -> Session:
     """Wraps the linears, starts tracking modality and puts the model in evaluation mode."""
     model.eval()
     model.requires_grad_(False)
     linears = wrap_linears(model, list(layout.quantized_linears()))
     context = ModalityContext()
     track_modality(model, layout, context)
-    session = Session(model, layout, recipe, batches, linears, context, QuantReport())
+    defaults = declared_defaults(options)
+    session = Session(model, layout, recipe, batches, linears, context, QuantReport(), defaults)
     for name in linears:
         layer_report(session, name)
     return session

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from types import MappingProxyType
+from functools import lru_cache
 from typing import Any
 
 from mqbench.harness.errors import UnknownNameError
@@ -64,18 +66,12 @@ class Scheme:
     activations: QuantArgs | None
 
 
-def _weight(num_bits: int) -> QuantArgs:
-    return QuantArgs(num_bits, strategy=Strategy.CHANNEL)
-
-
-SCHEMES: Mapping[str, Scheme] = MappingProxyType(
-    {
-        "float": Scheme(None, None),
-        "w8a8": Scheme(_weight(8), QuantArgs(8)),
-        "w4a8": Scheme(_weight(4), QuantArgs(8)),
-        "w8a16": Scheme(_weight(8), None),
-        "w4a16": Scheme(_weight(4), None),
-    }
+FLOAT = "float"
+FLOAT_BITS = "16"
+NAME_PATTERN = re.compile(r"w(?P<weight>[2-8]|16)a(?P<activation>[4-8]|16int|16)(-g(?P<group>[1-9]\d*))?")
+GRAMMAR = (
+    "write VISION/LLM, each side 'float' or w{2..8|16}a{4..8|16}[-g{N}], where 16 stays floating point, a16int is a "
+    "16-bit integer grid and N is the weights' group size: w8a8/w4a8, float/w4a16-g128, w4a4, float/w16a16int"
 )
 
 
@@ -85,8 +81,8 @@ class Recipe:
 
     Attributes:
         method: Registered method name.
-        vision: Scheme name (a key of ``SCHEMES``) of patch embedding, vision blocks and projector.
-        text: Scheme name of the LLM's linears.
+        vision: Bit setting (see ``scheme_named``) of patch embedding, vision blocks and projector.
+        text: Bit setting of the LLM's linears.
         seed: Seed of every random choice (rotation signs).
         options: The method's own switches; a missing key takes the method's default.
     """
@@ -110,28 +106,55 @@ class Recipe:
         """The setting as users type it: ``vision/text``."""
         return f"{self.vision}/{self.text}"
 
+    @property
+    def label(self) -> str:
+        """The method with its options by name, values as JSON: ``mquant`` or ``mquant[aifs=false,rms=false]``."""
+        if not self.options:
+            return self.method
+        return f"{self.method}[{','.join(f'{key}={json.dumps(self.options[key])}' for key in sorted(self.options))}]"
 
+
+@lru_cache
 def scheme_named(name: str) -> Scheme:
-    """Looks up a preset.
+    """Reads the bit setting of one tower.
+
+    ``float``, or ``w{2..8|16}a{4..8|16}[-g{N}]``: bits of weights and activations, 16 for a side that stays in floating
+    point. Weights have one scale per output channel, with ``-gN`` one per N input channels (a width that N does not
+    divide ends in a shorter group). ``a16int`` puts activations on a 16-bit integer grid.
 
     Raises:
-        UnknownNameError: ``name`` is no preset.
+        UnknownNameError: ``name`` is no such setting; the message says how to write one.
     """
-    try:
-        return SCHEMES[name]
-    except KeyError:
-        raise UnknownNameError("bit setting", name, SCHEMES) from None
+    if name == FLOAT:
+        return Scheme(None, None)
+    match = NAME_PATTERN.fullmatch(name)
+    if match is None or (match["group"] and match["weight"] == FLOAT_BITS):
+        raise UnknownNameError("bit setting", name, (), GRAMMAR)
+    return Scheme(_weights(match["weight"], match["group"]), _activations(match["activation"]))
 
 
 def parse_bits(text: str) -> tuple[str, str]:
-    """Splits ``"w8a8/w4a8"`` into (vision, text) preset names; one name stands for both.
+    """Splits ``"w8a8/w4a8-g128"`` into the settings of (vision, LLM); one setting stands for both.
+
+    ``w16a16`` comes back as ``float``, so that one meaning has one name.
 
     Raises:
-        UnknownNameError: a part is no preset.
+        UnknownNameError: a part is no bit setting.
     """
-    parts = text.lower().split("/")
+    parts = text.strip().lower().split("/")
     if len(parts) > 2:
-        raise UnknownNameError("bit setting", text, SCHEMES)
-    for part in parts:
-        scheme_named(part)
-    return parts[0], parts[-1]
+        raise UnknownNameError("bit setting", text, (), GRAMMAR)
+    names = [FLOAT if scheme_named(part) == Scheme(None, None) else part for part in parts]
+    return names[0], names[-1]
+
+
+def _weights(bits: str, group_size: str | None) -> QuantArgs | None:
+    if bits == FLOAT_BITS:
+        return None
+    if group_size is None:
+        return QuantArgs(int(bits), strategy=Strategy.CHANNEL)
+    return QuantArgs(int(bits), strategy=Strategy.GROUP, group_size=int(group_size))
+
+
+def _activations(bits: str) -> QuantArgs | None:
+    return None if bits == FLOAT_BITS else QuantArgs(int(bits.removesuffix("int")))

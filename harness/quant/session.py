@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from mqbench.harness.quant.layout import Layout, Part
 from mqbench.harness.quant.linear import QuantLinear
 from mqbench.harness.quant.modality import ModalityContext
-from mqbench.harness.quant.scheme import Recipe, Scheme
+from mqbench.harness.quant.scheme import QuantArgs, Recipe, Scheme
 
 Batch = Mapping[str, Tensor]
 
@@ -30,6 +30,7 @@ class LayerReport:
         weight_error: Relative Frobenius error of the rounded weight.
         eq9_margin: Median over output columns of |sqrt(n) mean(w)| / max|w| (Eq. 9 holds above 1); None where no
             online Hadamard acts.
+        eq9_rules: Whether Eq. 9 holds for the layer, by rule of aggregation; empty where no online Hadamard acts.
         rms_split: Input channel 0 runs outside the matrix product.
     """
 
@@ -40,6 +41,7 @@ class LayerReport:
     scales: dict[str, float] = field(default_factory=dict)
     weight_error: float | None = None
     eq9_margin: float | None = None
+    eq9_rules: dict[str, bool] = field(default_factory=dict)
     rms_split: bool = False
 
 
@@ -64,6 +66,7 @@ class Session:
         linears: Every quantizable linear by name, in pipeline order (already ``QuantLinear``).
         context: Modality of the running forward pass, kept by hooks on the model.
         report: Filled in by the steps.
+        defaults: The method's declared defaults by option name.
     """
 
     model: nn.Module
@@ -73,6 +76,7 @@ class Session:
     linears: dict[str, QuantLinear]
     context: ModalityContext
     report: QuantReport
+    defaults: Mapping[str, Any] = field(default_factory=dict)
 
     def part(self, name: str) -> Part:
         return self.layout.quantized_linears()[name]
@@ -81,8 +85,14 @@ class Session:
         """The scheme of a linear: the text setting for the LLM, the vision setting for everything before it."""
         return self.recipe.text_scheme if self.part(name) is Part.TEXT else self.recipe.vision_scheme
 
+    def weight_args(self, name: str) -> QuantArgs | None:
+        """The weight grid of a linear, asymmetric under option ``zero_point``; None keeps it in floating point."""
+        args = self.scheme(name).weights
+        return None if args is None else replace(args, symmetric=not self.option("zero_point", False))
+
     def option(self, key: str, default: Any) -> Any:
-        return self.recipe.options.get(key, default)
+        """What the recipe says, else what the method declares, else ``default``."""
+        return self.recipe.options.get(key, self.defaults.get(key, default))
 
     @torch.no_grad()
     def run_calibration(self) -> None:

@@ -7,8 +7,9 @@ from enum import StrEnum
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from mqbench.harness.errors import LayoutError, NonFiniteError, UnknownNameError
+from mqbench.harness.errors import NonFiniteError, UnknownNameError
 from mqbench.harness.quant.activation import all_finite
 from mqbench.harness.quant.linear import QuantLinear
 from mqbench.harness.quant.scheme import QuantArgs, Strategy
@@ -60,17 +61,11 @@ class RoundedWeight:
 
 
 def group_index(in_features: int, args: QuantArgs, device: torch.device | None = None) -> Tensor:
-    """(in_features,) group of each input channel: zeros per channel.
-
-    Raises:
-        LayoutError: the group size does not divide ``in_features``.
-    """
+    """(in_features,) group of each input channel: zeros per channel. The last group may be shorter than the others."""
     if args.strategy is Strategy.CHANNEL:
         return torch.zeros(in_features, dtype=torch.long, device=device)
     if args.strategy is not Strategy.GROUP or args.group_size is None:
         raise UnknownNameError("weight strategy", args.strategy, (Strategy.CHANNEL, Strategy.GROUP))
-    if in_features % args.group_size:
-        raise LayoutError(f"group size {args.group_size} does not divide {in_features} input channels; choose another")
     return torch.arange(in_features, device=device) // args.group_size
 
 
@@ -91,8 +86,7 @@ def weight_scale(weight: Tensor, args: QuantArgs, clip: str = Clip.MINMAX) -> We
     if clip not in list(Clip):
         raise UnknownNameError("weight clip", clip, Clip)
     num_groups = int(group_index(weight.shape[1], args).max()) + 1
-    wide = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
-    rows = wide.reshape(len(weight) * num_groups, -1)
+    rows = _group_rows(weight.detach().to(torch.promote_types(weight.dtype, torch.float32)), args)
     low, high = _range(rows, args)
     if clip == Clip.MSE:
         shrink = torch.cat([_best_shrink(args, *chunk) for chunk in _chunks(rows, low, high)])
@@ -149,6 +143,16 @@ def store_rounded(linear: QuantLinear, rounded: RoundedWeight, args: QuantArgs) 
     linear.weight_zero_point = rounded.grid.zero_point
     linear.weight_args = args
     return (error / torch.linalg.norm(before).clamp_min(torch.finfo(before.dtype).tiny)).item()
+
+
+def _group_rows(weight: Tensor, args: QuantArgs) -> Tensor:
+    """A row per group: (out_features, in_features) -> (out_features * groups, group size).
+
+    A shorter last group is filled up with zeros: every range holds zero, and every grid has it as a level.
+    """
+    size = args.group_size or weight.shape[1]
+    missing = -weight.shape[1] % size
+    return (F.pad(weight, (0, missing)) if missing else weight).reshape(-1, size)
 
 
 def _range(rows: Tensor, args: QuantArgs) -> tuple[Tensor, Tensor]:
