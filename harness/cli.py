@@ -140,11 +140,20 @@ def models(models_dir: ModelsDir = None) -> None:
 
 
 @app.command()
-def methods() -> None:
-    """List the known quantization methods and their other names."""
-    from mqbench.harness.listing import list_methods
+def methods(
+    options: Annotated[str | None, typer.Option(help="Name of a method: list the options of its recipes.")] = None,
+) -> None:
+    """List the known quantization methods and their other names, or one method's options.
 
-    list_methods()
+    Examples:
+
+      mqbench methods
+
+      mqbench methods --options mquant
+    """
+    from mqbench.harness.listing import list_methods, list_options
+
+    list_methods() if options is None else list_options(options)
 
 
 @app.command()

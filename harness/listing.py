@@ -11,6 +11,7 @@ from rich.table import Table
 
 from mqbench.harness import discover
 from mqbench.harness.errors import MQBenchError, PluginError
+from mqbench.harness.quant.options import Option
 
 PIPE_WIDTH = 200
 """Columns of a table that goes to a file or another program."""
@@ -33,6 +34,23 @@ def list_methods() -> None:
     for name, method in registry.found.items():
         table.add_row(name, ", ".join(method.aliases) or "-", discover.method_version(method), method.summary)
     _print(table, registry.broken)
+
+
+def list_options(name: str) -> None:
+    """The recipe options of one method: default, values and what they do.
+
+    Raises:
+        UnknownNameError: no such method.
+    """
+    method = discover.find_method(name)
+    options: tuple[Option, ...] | None = getattr(method, "options", None)
+    if options is None:
+        print(f"method '{method.name}' does not say which options it has; it takes any")
+        return
+    table = Table("option", "default", "values", "what it does")
+    for option in options:
+        table.add_row(option.name, option.default_text, option.values, option.help)
+    _print(table, ())
 
 
 def list_tasks(data_dir: Path | None) -> None:

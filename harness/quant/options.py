@@ -45,10 +45,15 @@ class Option:
         return self.accepts(self.default)
 
     @property
+    def default_text(self) -> str:
+        """The default, for people; ``-`` where other options decide."""
+        return _text(self.default) if self.has_default else "-"
+
+    @property
     def values(self) -> str:
         """The values it takes, for people."""
         if self.choices is not None:
-            return ", ".join(map(_text, self.choices))
+            return " | ".join(map(_text, self.choices))
         low = "" if self.minimum is None else f" from {self.minimum:g}"
         high = "" if self.maximum is None else f" up to {self.maximum:g}"
         return f"{KIND_NAMES[self.kind]}{low}{high}"
