@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from mqbench.harness.errors import MissingWeightsError
 from mqbench.harness.models.adapter import LoadedModel, Message
+from mqbench.harness.models.decoding import greedy_answers, left_padded
 from mqbench.harness.models.pixels import PixelLimits, load_image
-from mqbench.harness.models.weights import cached_snapshot, check_complete, check_finite_weights, no_progress_bar
+from mqbench.harness.models.towers import llm_tower
+from mqbench.harness.models.weights import check_complete, check_finite_weights, find_folder, from_pretrained
 from mqbench.harness.quant.layout import Attention, Block, Layout, Norm, NormKind, Part, Tower
 from mqbench.harness.quant.session import Batch
 
@@ -76,30 +77,7 @@ def _vision_tower(config: Any) -> Tower:
 
 def text_tower(config: Any) -> Tower:
     """The LLM, from its ``text_config``; Qwen2.5-VL has the same."""
-    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
-    head_dim = config.hidden_size // heads
-
-    def block(index: int) -> Block:
-        name = f"{TEXT}.layers.{index}"
-        attention, mlp = f"{name}.self_attn", f"{name}.mlp"
-        value = f"{attention}.v_proj"
-        return Block(
-            name=name,
-            attention_norm=Norm(f"{name}.input_layernorm", (f"{attention}.q_proj", f"{attention}.k_proj", value)),
-            attention=Attention(value, (0, kv_heads * head_dim), f"{attention}.o_proj", head_dim, heads, kv_heads),
-            mlp_norm=Norm(f"{name}.post_attention_layernorm", (f"{mlp}.gate_proj", f"{mlp}.up_proj")),
-            mlp_out=f"{mlp}.down_proj",
-            mlp_up=f"{mlp}.up_proj",
-        )
-
-    return Tower(
-        part=Part.TEXT,
-        hidden_size=config.hidden_size,
-        norm_kind=NormKind.RMSNORM,
-        entry=(f"{TEXT}.embed_tokens", f"{MERGER}.mlp.2"),
-        blocks=tuple(block(index) for index in range(config.num_hidden_layers)),
-        final_norm=Norm(f"{TEXT}.norm", ("lm_head",)),
-    )
+    return llm_tower(config, TEXT, writers=(f"{MERGER}.mlp.2",))
 
 
 @dataclass(frozen=True)
@@ -124,14 +102,7 @@ class Qwen2VLAdapter:
 
     def find_weights(self, models_dir: Path | None) -> Path | None:
         """The shipped folder; or ``models_dir/NAME``; or the snapshot in the Hugging Face cache; or None."""
-        if self.repo_id is None:
-            folder = SHIPPED_WEIGHTS / self.name
-            return folder if folder.is_dir() else None
-        if models_dir is not None:
-            for name in (self.name, self.repo_id.rpartition("/")[2]):
-                if (models_dir / name).is_dir():
-                    return models_dir / name
-        return cached_snapshot(self.repo_id)
+        return find_folder(self.name, self.repo_id, SHIPPED_WEIGHTS, models_dir)
 
     def load(self, path: Path, device: str, dtype: torch.dtype) -> LoadedModel:
         """Loads weights and processor from local files.
@@ -140,10 +111,10 @@ class Qwen2VLAdapter:
             MissingWeightsError: the folder lacks a file or a weight, or a file cannot be read.
             NonFiniteError: a weight is NaN or Inf.
         """
-        from transformers import Qwen2VLProcessor
+        from transformers import Qwen2VLForConditionalGeneration, Qwen2VLProcessor
 
         check_complete(path, self.how_to_get)
-        model = _load_model(path, dtype, self.how_to_get)
+        model = from_pretrained(Qwen2VLForConditionalGeneration, path, dtype, ATTENTION, self.how_to_get)
         check_finite_weights(model)
         processor = Qwen2VLProcessor.from_pretrained(path, local_files_only=True)
         layout = qwen2_vl_layout(model)
@@ -174,7 +145,7 @@ class Qwen2VLAdapter:
         if answers is not None:
             tails = [processor.tokenizer(answer, add_special_tokens=False)["input_ids"] for answer in answers]
             rows = [row + tail for row, tail in zip(rows, tails, strict=True)]
-        batch = _left_padded(rows, processor.tokenizer.pad_token_id)
+        batch = left_padded(rows, processor.tokenizer.pad_token_id)
         if images:
             batch["mm_token_type_ids"] = torch.eq(batch["input_ids"], processor.image_token_id).int()
             batch |= {name: torch.as_tensor(encoded[name]) for name in ("pixel_values", "image_grid_thw")}
@@ -183,15 +154,8 @@ class Qwen2VLAdapter:
 
     def generate(self, loaded: LoadedModel, batch: Batch, max_new_tokens: int) -> list[str]:
         """Greedy answers of one encoded batch, without special tokens."""
-        model: Any = loaded.model
         tokenizer = loaded.processor.tokenizer
-        # The released checkpoints' generation config samples and penalizes repetition; VLMEvalKit turns that off.
-        greedy = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0}
-        unused = {"temperature": None, "top_p": None, "top_k": None}
-        pad = {"pad_token_id": tokenizer.pad_token_id}
-        sequences = model.generate(**batch, max_new_tokens=max_new_tokens, **greedy, **unused, **pad)
-        new_tokens = sequences[:, batch["input_ids"].shape[1] :]
-        return tokenizer.batch_decode(new_tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return greedy_answers(loaded.model, tokenizer, batch, max_new_tokens, tokenizer.pad_token_id)
 
     def pixel_limits(self, processor: Any, dataset: str | None) -> PixelLimits:
         """VLMEvalKit's limits for a released checkpoint; the stand-in's own, whatever the benchmark."""
@@ -231,31 +195,8 @@ ADAPTERS: tuple[Qwen2VLAdapter, ...] = (
 )
 
 
-def _load_model(path: Path, dtype: torch.dtype, how_to_get: str) -> nn.Module:
-    from safetensors import SafetensorError
-    from transformers import Qwen2VLForConditionalGeneration
-
-    options = {"dtype": dtype, "attn_implementation": ATTENTION, "local_files_only": True, "output_loading_info": True}
-    try:
-        with no_progress_bar():
-            model, info = Qwen2VLForConditionalGeneration.from_pretrained(path, **options)
-    except (OSError, SafetensorError) as error:
-        reason = " ".join(str(error).split())
-        raise MissingWeightsError(f"'{path}' cannot be loaded ({reason}); {how_to_get}") from None
-    if info["missing_keys"]:
-        raise MissingWeightsError(f"'{path}' lacks the weight '{min(info['missing_keys'])}'; {how_to_get}")
-    return model
-
-
 def _chat_content(message: Message) -> list[dict[str, str]]:
     """VLMEvalKit's items as the chat template wants them."""
     return [
         {"type": "text", "text": item["value"]} if item["type"] == "text" else {"type": "image"} for item in message
     ]
-
-
-def _left_padded(rows: Sequence[Sequence[int]], pad_id: int) -> dict[str, Tensor]:
-    longest = max(len(row) for row in rows)
-    lengths = torch.tensor([len(row) for row in rows])
-    input_ids = torch.tensor([[pad_id] * (longest - len(row)) + list(row) for row in rows])
-    return {"input_ids": input_ids, "attention_mask": (torch.arange(longest) >= longest - lengths[:, None]).long()}

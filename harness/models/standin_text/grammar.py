@@ -118,14 +118,14 @@ _HISTORY = (
     "In <month> {year} , {first} , {second} and {third} met in {town} .",
     "{first} , {second} and {third} left {town} in {year} .",
     "After {last} , the people of {region} <verb> <np> and sold {goods} .",
-    "The words \" {motto} \" were written {prep} the {noun} in {year} .",
+    'The words " {motto} " were written {prep} the {noun} in {year} .',
 )
 _GENERAL = (
     "<np> of {region} [is|are] <adjective> .",
     "<np> {prep} <np-any> [has|have] been <adjective> since {last} .",
     "Most of the {goods} in {region} [comes|come] from {town} .",
     "There <np-there> {prep} the {noun} .",
-    "When the {noun} was <verb> , {person} said : \" {motto} \" .",
+    'When the {noun} was <verb> , {person} said : " {motto} " .',
     "{person} and {poss} family lived in {town} .",
     "{last-name} was known for {poss} <adjective> {noun}s .",
     "It is {number} kilometres {direction} of {town} and {width} kilometres from {region} .",
@@ -158,7 +158,7 @@ KINDS: tuple[Kind, ...] = (
         "{person}",
         (
             "{person} ( born <day> <month> {year} in {name} ) was a {trade} from {region} .",
-            "{pro-start} is best known for {poss} {noun} \" {motto} \" .",
+            '{pro-start} is best known for {poss} {noun} " {motto} " .',
             "At the age of {age} , {pro} moved to {town} .",
         ),
         {
@@ -171,7 +171,7 @@ KINDS: tuple[Kind, ...] = (
             "Career": (
                 "{last-name} <verb> <np> in {year} .",
                 "{pro-start} <verb> the {noun} of {name} until {year} .",
-                "The {noun} \" {motto} \" made {last-name} famous in {region} .",
+                'The {noun} " {motto} " made {last-name} famous in {region} .',
                 *_GENERAL,
             ),
         },
