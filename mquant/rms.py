@@ -9,6 +9,7 @@ rank-1 term x0 * w0, which also takes the large x0 out of the activation's range
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from enum import StrEnum
 from types import MappingProxyType
 
 import torch
@@ -24,6 +25,15 @@ from mqbench.harness.quant.session import Session
 from mqbench.harness.quant.transforms import OnlineHadamard
 from mqbench.kernels.hadamard import hadamard_transform
 
+
+class Side(StrEnum):
+    """What input channel 0 leaves: x0 the activation's range and rounding, w0 the weight's, or both."""
+
+    BOTH = "both"
+    WEIGHT = "weight"
+    ACTIVATION = "activation"
+
+
 ROWS_PER_BLOCK = 1024
 """Weight rows in float64 at a time."""
 
@@ -38,7 +48,8 @@ RULES: Mapping[str, Callable[[Tensor, Tensor], bool]] = MappingProxyType(
 
 OPTIONS = (
     Option("rms_rule", "median", tuple(RULES), help="how Eq. 9, which is per output column, decides for a layer"),
-    Option("rms_x0_bits", None, (None, 4, 8), help="bits of the split weights w0"),
+    Option("rms_side", "both", tuple(map(str, Side)), help="what channel 0 leaves: weight grid, input range, both"),
+    Option("rms_x0_bits", None, (None, 4, 8), help="bits of w0 outside the weight; no use with rms_side=activation"),
 )
 
 
@@ -54,13 +65,23 @@ def split_spikes(session: Session) -> None:
         rms_rule: ``median`` (the default): the margin above exceeds 1, that is, Eq. 9 holds for at least half of
             the columns; ``any``: for one column; ``norm``: the Euclidean norm over j of the left sides exceeds that of
             the right sides.
-        rms_x0_bits: Bits of the split weights w0, one symmetric scale per layer; None (the default) keeps them in
-            floating point.
+        rms_side: What a split layer computes, with Q the rounding of activations and R that of weights, x', W' the
+            input and weight with zeros in channel 0. The range of Q (calibrated or per token) is that of its argument,
+            the grid of R that of its argument.
+            ``both`` (the default): Q(x') R(W') + x0 w0, x0 in floating point.
+            ``weight``: the weight's grid is not widened by w0, but x0 is rounded as a channel like all others:
+            Q(x) R(W') + Q(x)_0 w0. GPTQ's Hessian is that of x'.
+            ``activation``: the activation's range is not widened by x0, but w0 is rounded with the other weights:
+            Q(x') R(W) + x0 R(W)_0, x0 in floating point. GPTQ's Hessian is that of x.
+        rms_x0_bits: Bits of w0 under ``both`` and ``weight``, symmetric, one scale per layer; None (the default) keeps
+            it in floating point. Under ``activation`` w0 has the bits of the weight. x0 itself has no bits of its own:
+            it is in floating point, or under ``weight`` in those of the activations.
 
     Raises:
-        UnknownNameError: ``rms_rule`` is no rule.
+        UnknownNameError: ``rms_rule`` or ``rms_side`` is unknown.
     """
     rule = _rule(session.option("rms_rule", "median"))
+    side = _side(session.option("rms_side", Side.BOTH))
     for name, linear in session.linears.items():
         if not isinstance(linear.input_transform, OnlineHadamard):
             continue
@@ -70,7 +91,7 @@ def split_spikes(session: Session) -> None:
         report.eq9_rules = {name: holds(spike, peak) for name, holds in RULES.items()}
         report.rms_split = rule(spike, peak)
         if report.rms_split:
-            split_channel0(linear, session.option("rms_x0_bits", None))
+            split_channel0(linear, session.option("rms_x0_bits", None), side)
 
 
 def eq9_sides(linear: QuantLinear) -> tuple[Tensor, Tensor]:
@@ -84,8 +105,11 @@ def eq9_sides(linear: QuantLinear) -> tuple[Tensor, Tensor]:
     return weight[:, 0].double().abs(), torch.cat(peaks)
 
 
-def split_channel0(linear: QuantLinear, x0_bits: int | None = None) -> None:
-    """Moves the weights of input channel 0 into ``x0_weight``; exact unless ``x0_bits`` rounds them."""
+def split_channel0(linear: QuantLinear, x0_bits: int | None = None, side: Side = Side.BOTH) -> None:
+    """Takes input channel 0 out of the activation's range, the weight or both; exact unless ``x0_bits`` rounds w0."""
+    linear.x0_bypass = side is not Side.WEIGHT
+    if side is Side.ACTIVATION:
+        return
     weight = linear.weight.detach().clone()
     linear.x0_weight = _rounded(weight[:, 0].clone(), x0_bits)
     weight[:, 0] = 0
@@ -111,6 +135,12 @@ def _rounded(values: Tensor, num_bits: int | None) -> Tensor:
         return values
     args = QuantArgs(num_bits)
     return fake_quantize(values, largest / args.quant_max, args)
+
+
+def _side(name: str) -> Side:
+    if name not in list(Side):
+        raise UnknownNameError("RMS side", name, Side)
+    return Side(name)
 
 
 def _rule(name: str) -> Callable[[Tensor, Tensor], bool]:

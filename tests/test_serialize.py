@@ -108,7 +108,7 @@ def test_structures_that_no_method_combines_come_back(tmp_path: Path) -> None:
     down, query = before.model.get_submodule(block.mlp_out), before.model.get_submodule(block.attention_norm.readers[0])
     down.input_transform = OnlineHadamard(down.in_features)
     down.bias = nn.Parameter(torch.randn(down.out_features), requires_grad=False)
-    query.x0_weight = query.weight[:, 0].clone()
+    query.x0_weight, query.x0_bypass = query.weight[:, 0].clone(), True
     query.weight.data[:, 1] += 1e-3
     before.model.get_submodule(block.name).input_layernorm = RMSNorm(1e-5)
     save_quantized(before.model, report, recipe, tmp_path, "tiny")

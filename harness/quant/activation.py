@@ -7,8 +7,8 @@ from torch import Tensor, nn
 
 from mqbench.harness.errors import CalibrationError, NonFiniteError
 from mqbench.harness.quant.modality import ModalityContext
-from mqbench.harness.quant.observers import Observer, make_observer
-from mqbench.harness.quant.scheme import QuantArgs, Strategy
+from mqbench.harness.quant.observers import PERCENTILE, Observer, make_observer
+from mqbench.harness.quant.scheme import QuantArgs, Strategy, Tokens
 
 
 def fake_quantize(x: Tensor, scale: Tensor, args: QuantArgs) -> Tensor:
@@ -35,23 +35,32 @@ class InputQuantizer(nn.Module):
         args: Symmetric grid; strategy ``tensor``, ``modality`` or ``token`` (dynamic).
         context: Modality and padding of the LLM's rows; None where rows are no LLM tokens (vision tower, projector).
         observer: Name in ``observers.OBSERVERS``.
+        percentile: The quantile that observer ``percentile`` takes.
+        tokens: Which tokens are rounded. The others pass through as they are, and no shared scale sees them.
 
     Attributes:
         scale: (1,) per tensor, (2,) per modality as (text, visual); empty before ``freeze`` and when dynamic.
     """
 
     def __init__(
-        self, name: str, args: QuantArgs, context: ModalityContext | None = None, observer: str = "minmax"
+        self,
+        name: str,
+        args: QuantArgs,
+        context: ModalityContext | None = None,
+        observer: str = "minmax",
+        percentile: float = PERCENTILE,
+        tokens: Tokens = Tokens.ALL,
     ) -> None:
         super().__init__()
-        _check_args(name, args, context)
+        _check_args(name, args, context, tokens)
         self.name = name
         self.args = args
         self.context = context
+        self.tokens = tokens
         self.observing = False
         self.enabled = True
-        groups = 2 if args.strategy is Strategy.MODALITY else 1
-        self.observers: list[Observer] = [] if args.dynamic else [make_observer(observer, args) for _ in range(groups)]
+        seen = 0 if args.dynamic else 2 if args.strategy is Strategy.MODALITY else 1
+        self.observers: list[Observer] = [make_observer(observer, args, percentile) for _ in range(seen)]
         self.register_buffer("scale", torch.empty(0))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -60,7 +69,10 @@ class InputQuantizer(nn.Module):
             return x
         if not self.enabled:
             return x
-        return fake_quantize(x, self._scale_of(x), self.args)
+        rounded = self._rounded_rows(x)
+        if rounded is None:
+            return fake_quantize(x, self._scale_of(x), self.args)
+        return torch.where(rounded, fake_quantize(x, self._scale_of(x), self.args), x)
 
     @property
     def visual(self) -> Tensor | None:
@@ -90,14 +102,23 @@ class InputQuantizer(nn.Module):
         for observer, mask in zip(self.observers, self._masks(rows), strict=True):
             self._update(observer, rows if mask is None else rows[mask])
 
+    def _rounded_rows(self, x: Tensor) -> Tensor | None:
+        """(..., 1) bool: the rows that are rounded; None for all."""
+        if self.tokens is Tokens.ALL:
+            return None
+        visual = x.new_zeros(x.shape[:-1], dtype=torch.bool) if self.visual is None else self.visual
+        return (visual if self.tokens is Tokens.VISUAL else ~visual).reshape(*x.shape[:-1], 1)
+
     def _masks(self, rows: Tensor) -> list[Tensor | None]:
         """The rows that each observer sees, (N,) bool or None for all: never padding."""
         valid = None if self.context is None or self.context.valid is None else self.context.valid.reshape(-1)
-        if len(self.observers) == 1:
+        if len(self.observers) == 1 and self.tokens is Tokens.ALL:
             return [valid]
         nothing = torch.zeros(len(rows), dtype=torch.bool, device=rows.device)
         visual = nothing if self.visual is None else self.visual.reshape(-1)
         keep = ~nothing if valid is None else valid
+        if len(self.observers) == 1:
+            return [keep & (visual if self.tokens is Tokens.VISUAL else ~visual)]
         return [keep & ~visual, keep & visual]
 
     def _update(self, observer: Observer, rows: Tensor) -> None:
@@ -116,12 +137,12 @@ class InputQuantizer(nn.Module):
         return self.scale[self.visual.long()].reshape(*x.shape[:-1], 1)
 
 
-def _check_args(name: str, args: QuantArgs, context: ModalityContext | None) -> None:
+def _check_args(name: str, args: QuantArgs, context: ModalityContext | None, tokens: Tokens) -> None:
     if not args.symmetric:
         raise ValueError(f"activations of '{name}' need a symmetric grid")
     if args.strategy not in (Strategy.TENSOR, Strategy.MODALITY, Strategy.TOKEN):
         raise ValueError(f"activations of '{name}' cannot have one scale per {args.strategy}")
     if args.dynamic is not (args.strategy is Strategy.TOKEN):
         raise ValueError(f"activations of '{name}': per-token scales are dynamic, all others static")
-    if args.strategy is Strategy.MODALITY and context is None:
+    if (args.strategy is Strategy.MODALITY or tokens is not Tokens.ALL) and context is None:
         raise ValueError(f"'{name}' cannot tell visual rows from text rows without a modality context")

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 from mqbench.harness.errors import UnknownNameError
 from mqbench.harness.quant.activation import InputQuantizer
 from mqbench.harness.quant.layout import Part
-from mqbench.harness.quant.observers import OBSERVERS
+from mqbench.harness.quant.observers import OBSERVERS, PERCENTILE
 from mqbench.harness.quant.options import Option
-from mqbench.harness.quant.scheme import QuantArgs, Strategy
+from mqbench.harness.quant.scheme import QuantArgs, Strategy, Tokens
 from mqbench.harness.quant.session import LayerReport, Session
 from mqbench.harness.quant.weight import Clip, RoundedWeight, round_to_nearest, store_rounded
 
@@ -24,6 +25,8 @@ ACTIVATIONS = Option("activations", "tensor", tuple(map(str, STRATEGIES)), help=
 ACTIVATION_OPTIONS = (
     ACTIVATIONS,
     Option("observer", "minmax", tuple(OBSERVERS), help="how static scales follow from what calibration showed"),
+    Option("percentile", PERCENTILE, kind=float, minimum=0.5, maximum=1, help="quantile of observer=percentile"),
+    Option("quantize_tokens", "all", tuple(map(str, Tokens)), help="LLM tokens whose activations are rounded"),
 )
 """What ``attach_input_quantizers`` and ``calibrate_activations`` read."""
 
@@ -33,9 +36,11 @@ OPTIONS = (*WEIGHT_OPTIONS, *ACTIVATION_OPTIONS)
 def attach_input_quantizers(session: Session, text_strategy: str = Strategy.TENSOR) -> None:
     """Gives every linear whose scheme has activations an ``InputQuantizer``.
 
-    Option ``activations`` (default ``text_strategy``): ``tensor``: one static scale; ``modality``: a static scale for
-    visual and one for text rows of the LLM, one scale elsewhere; ``token``: dynamic per token everywhere. Option
-    ``observer`` (default ``minmax``): how static scales follow from what was observed.
+    Options, beside those that say all in ``ACTIVATION_OPTIONS``:
+        activations: Default ``text_strategy``. ``tensor``: one static scale; ``modality``: a static scale for visual
+            and one for text rows of the LLM, one scale elsewhere; ``token``: dynamic per token everywhere.
+        quantize_tokens: ``visual`` or ``text``: the LLM's rows of the other modality stay in floating point and out of
+            the scale; the vision tower and the projector are not concerned.
 
     Raises:
         UnknownNameError: an option's value is unknown.
@@ -43,15 +48,19 @@ def attach_input_quantizers(session: Session, text_strategy: str = Strategy.TENS
     strategy = session.option("activations", text_strategy)
     if strategy not in STRATEGIES:
         raise UnknownNameError("activation strategy", strategy, STRATEGIES)
-    observer = session.option("observer", "minmax")
+    make = partial(
+        InputQuantizer,
+        observer=session.option("observer", "minmax"),
+        percentile=session.option("percentile", PERCENTILE),
+    )
+    tokens = Tokens(session.option("quantize_tokens", Tokens.ALL))
     for name, linear in session.linears.items():
         args = session.scheme(name).activations
         if args is None:
             continue
         is_text = session.part(name) is Part.TEXT
-        quantizer = InputQuantizer(
-            name, _with_strategy(args, strategy, is_text), session.context if is_text else None, observer
-        )
+        own_args = _with_strategy(args, strategy, is_text)
+        quantizer = make(name, own_args, session.context, tokens=tokens) if is_text else make(name, own_args)
         linear.input_quantizer = quantizer.to(linear.weight.device)
         layer_report(session, name).activation_num_bits = args.num_bits
 

@@ -126,8 +126,8 @@ def collect_rows(session: Session, name: str, on_rows: OnRows, stop: bool = Fals
 
 
 def prepared_rows(linear: QuantLinear, x: Tensor) -> Tensor:
-    """(N, in_features) rows as the matrix product sees them before quantization."""
-    prepared, _ = linear.prepare_input(x)
+    """(N, in_features) rows that multiply the linear's weight, before quantization."""
+    prepared = linear.weight_input(x)
     return prepared.reshape(-1, prepared.shape[-1])
 
 

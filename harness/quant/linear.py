@@ -17,14 +17,24 @@ Transform = Callable[[Tensor], Tensor]
 class QuantLinear(nn.Module):
     """Linear (or non-overlapping patch convolution) whose input and weight can be quantized.
 
-    In order: flatten (patch convolution) -> ``input_transform`` (online Hadamard) -> split off input channel 0 when
-    ``x0_weight`` is set (RMS) -> ``input_quantizer`` -> matrix product -> + bias -> + x0 * x0_weight.
+    In order: flatten (patch convolution) -> ``input_transform`` (online Hadamard) -> take x0, input channel 0, out
+    under ``x0_bypass`` -> ``input_quantizer`` Q -> matrix product -> + bias -> + x0 * w0 (RMS):
+
+    ================  =========  ============================================
+    ``x0_weight``     bypass     rank-1 term
+    ================  =========  ============================================
+    None              no         none: channel 0 is a channel like all others
+    set               yes        x0 * x0_weight, x0 in floating point
+    set               no         Q(x)_0 * x0_weight, x0 as the quantizer left it
+    None              yes        x0 * weight[:, 0], x0 in floating point
+    ================  =========  ============================================
 
     Attributes:
         weight: (out_features, in_features). Methods rewrite it; after rounding it holds dequantized values.
         bias: (out_features,) or None.
         input_transform: Exact online transform of the input's last dimension, or None.
-        x0_weight: (out_features,) weights of input channel 0 kept out of the matrix product (RMS), or None.
+        x0_weight: (out_features,) weights of input channel 0 kept out of ``weight``, which holds zeros there, or None.
+        x0_bypass: x0 passes by the input quantizer, whose range does not see it.
         input_quantizer: Activation quantizer, or None for floating-point activations.
         weight_scale: (out_features, groups) scales of the rounded weight, or None while it is in floating point.
         weight_zero_point: Zero points of an asymmetric grid, same shape, or None.
@@ -47,6 +57,7 @@ class QuantLinear(nn.Module):
         self.register_buffer("weight_scale", None)
         self.register_buffer("weight_zero_point", None)
         self.weight_args: QuantArgs | None = None
+        self.x0_bypass = False
 
     @classmethod
     def from_module(cls, module: nn.Module, name: str) -> QuantLinear:
@@ -75,25 +86,35 @@ class QuantLinear(nn.Module):
         return self.weight.shape[0]
 
     def prepare_input(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The input as the matrix product sees it before quantization, and x0 when RMS is on.
+        """The input as the quantizer sees it, and x0 where it passes by.
 
         Shapes: x (..., in_features) -> (..., in_features), (..., 1) or None.
         """
-        if self.flatten:
-            x = x.flatten(1)
-        if self.input_transform is not None:
-            x = self.input_transform(x)
-        if self.x0_weight is None:
-            return x, None
-        x0 = x[..., :1]
-        return torch.cat([torch.zeros_like(x0), x[..., 1:]], dim=-1), x0
+        x = self._transformed(x)
+        return (_without_channel0(x), x[..., :1]) if self.x0_bypass else (x, None)
+
+    def weight_input(self, x: Tensor) -> Tensor:
+        """The input that multiplies ``weight``, before quantization: channel 0 is zero where its weights are elsewhere.
+
+        Shapes: (..., in_features) -> the same.
+        """
+        x = self._transformed(x)
+        return x if self.x0_weight is None else _without_channel0(x)
 
     def forward(self, x: Tensor) -> Tensor:
         x, x0 = self.prepare_input(x)
         if self.input_quantizer is not None:
             x = self.input_quantizer(x)
         y = F.linear(x, self.weight, self.bias)
-        return y if x0 is None or self.x0_weight is None else y + x0 * self.x0_weight
+        if x0 is None and self.x0_weight is None:
+            return y
+        weight = self.weight[:, 0] if self.x0_weight is None else self.x0_weight
+        return y + (x[..., :1] if x0 is None else x0) * weight
+
+    def _transformed(self, x: Tensor) -> Tensor:
+        if self.flatten:
+            x = x.flatten(1)
+        return x if self.input_transform is None else self.input_transform(x)
 
     def extra_repr(self) -> str:
         bits = "float" if self.weight_num_bits is None else f"W{self.weight_num_bits}"
@@ -108,6 +129,10 @@ def wrap_linears(model: nn.Module, names: list[str]) -> dict[str, QuantLinear]:
         wrapped[name] = QuantLinear.from_module(model.get_submodule(name), name)
         setattr(model.get_submodule(parent_name), attribute, wrapped[name])
     return wrapped
+
+
+def _without_channel0(x: Tensor) -> Tensor:
+    return torch.cat([torch.zeros_like(x[..., :1]), x[..., 1:]], dim=-1)
 
 
 def _takes_one_patch(module: nn.Conv2d | nn.Conv3d) -> bool:

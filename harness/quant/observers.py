@@ -108,12 +108,18 @@ class HistogramObserver(Observer):
 
 
 class PercentileObserver(HistogramObserver):
-    """s = (0.99999 quantile of |x|) / quant_max, to the width of one histogram bin."""
+    """s = (quantile of |x|) / quant_max, to the width of one histogram bin.
+
+    Attributes:
+        percentile: The quantile as a share, 0.99999 unless set.
+    """
+
+    percentile = PERCENTILE
 
     def limit(self) -> float:
         assert self.counts is not None
         reached = self.counts.cumsum(0)
-        rank = PERCENTILE * reached[-1].item()
+        rank = self.percentile * reached[-1].item()
         index = int((reached < rank).sum().item())
         before = reached[index - 1].item() if index > 0 else 0
         inside = (rank - before) / self.counts[index].item()
@@ -141,15 +147,18 @@ OBSERVERS: Mapping[str, type[Observer]] = MappingProxyType(
 )
 
 
-def make_observer(name: str, args: QuantArgs) -> Observer:
-    """Makes a fresh observer.
+def make_observer(name: str, args: QuantArgs, percentile: float = PERCENTILE) -> Observer:
+    """Makes a fresh observer; only ``percentile`` uses ``percentile``.
 
     Raises:
         UnknownNameError: ``name`` is no observer.
     """
     if name not in OBSERVERS:
         raise UnknownNameError("observer", name, OBSERVERS)
-    return OBSERVERS[name](args)
+    observer = OBSERVERS[name](args)
+    if isinstance(observer, PercentileObserver):
+        observer.percentile = percentile
+    return observer
 
 
 def _widen(x: Tensor) -> Tensor:

@@ -23,6 +23,14 @@ class Strategy(StrEnum):
     GROUP = "group"
 
 
+class Tokens(StrEnum):
+    """Which tokens of the LLM have their activations rounded."""
+
+    ALL = "all"
+    VISUAL = "visual"
+    TEXT = "text"
+
+
 @dataclass(frozen=True)
 class QuantArgs:
     """How one tensor is quantized.

@@ -21,11 +21,12 @@ from torch import Tensor, nn
 
 from mqbench.harness.errors import LayoutError, MissingWeightsError, MQBenchError, OutputError
 from mqbench.harness.quant.activation import InputQuantizer
+from mqbench.harness.quant.kv_cache import activate_kv_quantizers
 from mqbench.harness.quant.layout import Layout, Part
 from mqbench.harness.quant.linear import QuantLinear, wrap_linears
 from mqbench.harness.quant.method import Restore
 from mqbench.harness.quant.modality import ModalityContext, track_modality
-from mqbench.harness.quant.scheme import QuantArgs, Recipe, Strategy
+from mqbench.harness.quant.scheme import QuantArgs, Recipe, Strategy, Tokens
 from mqbench.harness.quant.session import LayerReport, QuantReport
 from mqbench.harness.quant.transforms import MODULES, build_module
 from mqbench.harness.quant.weight import WeightGrid, dequantize, group_index, round_to_levels
@@ -33,7 +34,7 @@ from mqbench.harness.quant.weight import WeightGrid, dequantize, group_index, ro
 if TYPE_CHECKING:
     from mqbench.harness.models.adapter import LoadedModel
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 TENSORS_FILE = "quantized.safetensors"
 STRUCTURE_FILE = "quantized.json"
 LEVELS_SUFFIX = ".weight_levels"
@@ -92,7 +93,7 @@ def read_saved(directory: Path) -> SavedModel:
     recipe = Recipe(**structure["recipe"])
     report = structure["report"]
     layers = {name: LayerReport(**layer) for name, layer in report["layers"].items()}
-    return SavedModel(structure["base_model"], recipe, QuantReport(layers, report["step_s"]))
+    return SavedModel(structure["base_model"], recipe, QuantReport(layers, report["step_s"], report.get("kv_bits")))
 
 
 def load_quantized(directory: Path, loaded: LoadedModel, restore: Restore | None = None) -> SavedModel:
@@ -124,6 +125,7 @@ def load_quantized(directory: Path, loaded: LoadedModel, restore: Restore | None
         _rebuild_linear(linear, structure["linears"][name], tensors, _context_of(name, layout, context))
     _assign_all(model, tensors, structure["tied"])
     track_modality(model, layout, context)
+    activate_kv_quantizers(model, layout)
     if restore is not None:
         restore(model, layout, saved.recipe, context)
     return saved
@@ -183,7 +185,8 @@ def _describe(linear: QuantLinear, tensors: dict[str, Tensor]) -> dict[str, Any]
         "dtype": str(linear.weight.dtype).removeprefix("torch."),
         "transform": None if transform is None else transform.config(),  # type: ignore[attr-defined]
         "weights": None if args is None else asdict(args),
-        "activations": None if quantizer is None else asdict(quantizer.args),
+        "activations": None if quantizer is None else asdict(quantizer.args) | {"tokens": quantizer.tokens},
+        "x0_bypass": linear.x0_bypass,
     }
 
 
@@ -208,9 +211,11 @@ def _rebuild_linear(
         linear.weight_scale, linear.weight_zero_point = own["weight_scale"], own.get("weight_zero_point")
     linear.weight = nn.Parameter(_weight(linear, entry, own), requires_grad=False)
     linear.bias = nn.Parameter(own["bias"], requires_grad=False) if "bias" in own else None
-    linear.x0_weight = own.get("x0_weight")
+    linear.x0_weight, linear.x0_bypass = own.get("x0_weight"), entry["x0_bypass"]
     if entry["activations"] is not None:
-        quantizer = InputQuantizer(linear.name, _args(entry["activations"]), context)
+        activations = dict(entry["activations"])
+        tokens = Tokens(activations.pop("tokens"))
+        quantizer = InputQuantizer(linear.name, _args(activations), context, tokens=tokens)
         quantizer.scale = own["input_quantizer.scale"]
         linear.input_quantizer = quantizer
 

@@ -31,7 +31,7 @@ class LayerReport:
         eq9_margin: Median over output columns of |sqrt(n) mean(w)| / max|w| (Eq. 9 holds above 1); None where no
             online Hadamard acts.
         eq9_rules: Whether Eq. 9 holds for the layer, by rule of aggregation; empty where no online Hadamard acts.
-        rms_split: Input channel 0 runs outside the matrix product.
+        rms_split: RMS takes input channel 0 out of the layer (see option ``rms_side``).
     """
 
     name: str
@@ -47,10 +47,17 @@ class LayerReport:
 
 @dataclass
 class QuantReport:
-    """The outcome of one quantization: a report per layer, by module name, and the seconds it took per step."""
+    """The outcome of one quantization.
+
+    Attributes:
+        layers: A report per linear, by module name.
+        step_s: Seconds per step.
+        kv_bits: Bits of the LLM's KV cache; None when it stayed in floating point.
+    """
 
     layers: dict[str, LayerReport] = field(default_factory=dict)
     step_s: dict[str, float] = field(default_factory=dict)
+    kv_bits: int | None = None
 
 
 @dataclass
