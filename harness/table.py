@@ -5,83 +5,37 @@ Rendering never runs a model. A value that was not measured prints as a dash, ne
 
 from __future__ import annotations
 
-import csv
-import tomllib
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from mqbench.harness import table_formats
-from mqbench.harness.environment import ROOT
 from mqbench.harness.errors import TableError
-from mqbench.harness.record import Backend, Record
-from mqbench.harness.select import FLOAT_METHOD, select
+from mqbench.harness.paper_figures import Line, find_line, paper_lines
+from mqbench.harness.record import Record
+from mqbench.harness.select import FLOAT_METHOD, check_scopes, passes, select, settings_of, shown, the_only
 from mqbench.harness.sources import FOLDER_MARK
+from mqbench.harness.table_caption import caption
+from mqbench.harness.table_formulas import FORMULAS, Figures
+from mqbench.harness.table_spec import MODEL, Column, RowSpec, TableSpec, load_spec, spec_numbers, without_choice
 
-SPECS = ROOT / "results" / "specs"
-PAPER = ROOT / "results" / "paper"
-BACKENDS = {Backend.SIMULATED: "simulated (quantize-dequantize)", Backend.REAL: "integer kernels"}
-STANDIN_PREFIX = "standin"
-STANDIN_NOTE = " (a synthetic stand-in: no evidence about real checkpoints)"
+__all__ = ["Entry", "Frame", "Row", "build", "load_spec", "render", "spec_numbers", "without_choice"]
 
-Scores = Mapping[str, float]
-"""Scores of one row by task."""
-
-
-@dataclass(frozen=True)
-class Column:
-    """One column of figures: a benchmark's score, or a named formula over the row.
-
-    Attributes:
-        header: As printed.
-        task: Benchmark whose score stands here; empty for a formula.
-        formula: A key of ``FORMULAS``; empty for a benchmark.
-        paper: Column of the paper's CSV file; empty when the paper has none.
-        scale: Factor from the benchmark's scale to the printed one.
-        precision: Decimals.
-    """
-
-    header: str
-    task: str = ""
-    formula: str = ""
-    paper: str = ""
-    scale: float = 1.0
-    precision: int = 2
-
-
-@dataclass(frozen=True)
-class TableSpec:
-    """A table as data (one TOML file in ``results/specs``).
-
-    Attributes:
-        number: Of the paper's table.
-        title: First words of the caption.
-        rows: Settings that name a row, from left to right.
-        columns: Figures, from left to right.
-        value: What of a record is shown: ``score`` or the name of a metric.
-        filters: Setting -> wanted value or list of values.
-        order: Setting -> values in printing order; others follow alphabetically.
-        paper: CSV file in ``results/paper``; empty when the paper has none.
-    """
-
-    number: int
-    title: str
-    rows: tuple[str, ...]
-    columns: tuple[Column, ...]
-    value: str = "score"
-    filters: Mapping[str, Any] = field(default_factory=dict)
-    order: Mapping[str, Sequence[str]] = field(default_factory=dict)
-    paper: str = ""
+NO_MODEL = "-"
+SCORE = "score"
+FLOAT_BITS = "float/float"
+SETTING_IN_LABEL = re.compile(r"\{([^{}]+)\}")
 
 
 @dataclass(frozen=True)
 class Entry:
     """One place of a table; None where nothing is known. ``delta`` is measured minus float."""
 
-    measured: float | None
+    measured: float | None = None
     delta: float | None = None
     paper: float | None = None
+    text: str = ""
 
 
 @dataclass(frozen=True)
@@ -99,40 +53,14 @@ class Frame:
     caption: str
 
 
-def recovery(scores: Scores, reference: Scores) -> float | None:
-    """Mean over the benchmarks of score / float score, in percent.
+@dataclass(frozen=True)
+class Place:
+    """One row before its figures are computed: a record or None per column, and what names the paper's row."""
 
-    None when the row lacks a benchmark that the float baseline has, or a float score is zero.
-    """
-    if not reference or not reference.keys() <= scores.keys() or not all(reference.values()):
-        return None
-    return 100 * sum(scores[task] / value for task, value in reference.items()) / len(reference)
-
-
-FORMULAS: Mapping[str, Callable[[Scores, Scores], float | None]] = {"recovery": recovery}
-"""Derived columns: from the row's scores and the scores of the same model in floating point."""
-
-
-def load_spec(number: int, folder: Path = SPECS) -> TableSpec:
-    """Reads ``tableNN.toml``.
-
-    Raises:
-        TableError: there is none, or it names an unknown field or formula.
-    """
-    path = folder / f"table{number:02d}.toml"
-    if not path.is_file():
-        known = ", ".join(str(int(found.stem[5:])) for found in sorted(folder.glob("table*.toml")))
-        raise TableError(f"table {number} has no specification; known: {known}")
-    data = tomllib.loads(path.read_text(encoding="utf-8"))
-    try:
-        columns = tuple(Column(**column) for column in data.pop("columns"))
-        spec = TableSpec(**{**data, "rows": tuple(data["rows"]), "columns": columns})
-    except (TypeError, KeyError) as error:
-        raise TableError(f"{path.name}: {error}") from error
-    unknown = sorted({column.formula for column in columns} - FORMULAS.keys() - {""})
-    if unknown:
-        raise TableError(f"{path.name}: unknown formula '{unknown[0]}'; known: {', '.join(sorted(FORMULAS))}")
-    return spec
+    labels: tuple[str, ...]
+    model: str
+    records: tuple[Record | None, ...]
+    paper: Mapping[str, str]
 
 
 def render(
@@ -148,7 +76,7 @@ def render(
         records: In the order written; the newest of each cell counts.
         spec: What to show.
         style: ``terminal``, ``md``, ``tex`` or ``csv``.
-        filters: In addition to the specification's.
+        filters: In addition to the specification's, and in place of those of the same name.
         width: Columns of the terminal.
 
     Raises:
@@ -163,89 +91,24 @@ def build(records: Iterable[Record], spec: TableSpec, filters: Mapping[str, Any]
     """Selects, arranges and computes.
 
     Raises:
-        TableError: no record to show, or records with different settings.
+        TableError: no record to show where rows come from records, or records with different settings.
     """
-    tasks = {column.task for column in spec.columns}
-    chosen = [record for record in select(records, {**spec.filters, **(filters or {})}) if record.cell.task in tasks]
-    if not chosen:
+    wanted = {**spec.filters, **(filters or {})}
+    chosen = select(records, wanted, prefer=spec.prefer, tasks=spec.tasks)
+    floats = {(record.cell.model, record.cell.task): record for record in chosen if _is_float(record)}
+    places = _listed(chosen, spec) if spec.row else _combined(chosen, spec)
+    used = {record.cell.key: record for place in places for record in place.records if record is not None}
+    models = {place.model for place in places}
+    used |= {record.cell.key: record for (model, _), record in floats.items() if model in models}
+    shown_records = [record for record in chosen if record.cell.key in used]
+    check_scopes(shown_records, spec.varying)
+    if not places:
         raise TableError(
             f"no ok record for table {spec.number}; run 'mqbench eval' first, or give its folder with --out"
         )
-    scores: dict[tuple[str, ...], dict[str, float]] = {}
-    for record in chosen:
-        scores.setdefault(_labels(record, spec.rows), {})[record.cell.task] = _value(record, spec.value)
-    references = {record.cell.model: _labels(record, spec.rows) for record in chosen if _is_float(record)}
-    models = {_labels(record, spec.rows): base_model(record.cell.model) for record in chosen}
-    paper = paper_figures(spec)
-    rows = []
-    for labels in sorted(scores, key=lambda labels: _sort_key(labels, spec)):
-        reference = references.get(models[labels], ())
-        rows.append(_row(spec, labels, scores[labels], {} if reference == labels else scores.get(reference, {}), paper))
-    return Frame(spec, tuple(rows), caption(chosen, spec))
-
-
-def paper_figures(spec: TableSpec, folder: Path = PAPER) -> dict[tuple[str, str, str], dict[str, float]]:
-    """The paper's figures by (model, bits, method), on the paper's scale; empty places are left out."""
-    if not spec.paper:
-        return {}
-    figures = {}
-    with (folder / spec.paper).open(encoding="utf-8", newline="") as stream:
-        for line in csv.DictReader(stream):
-            bits = _paper_bits(line["visual_bits"], line["llm_bits"])
-            values = {column.paper: line[column.paper] for column in spec.columns if column.paper}
-            figures[line["model"], bits, line["method"]] = {name: float(text) for name, text in values.items() if text}
-    return figures
-
-
-def caption(records: Sequence[Record], spec: TableSpec) -> str:
-    """What a reader must know: models, device, arithmetic, calibration, rows evaluated, and how to read a place."""
-    models = sorted({record.cell.model for record in records})
-    named = [f"{name}{STANDIN_NOTE if name.startswith(STANDIN_PREFIX) else ''}" for name in models]
-    cell = records[0].cell
-    backends = sorted({BACKENDS[record.backend] for record in records if not _is_float(record)})
-    parts = [
-        f"Table {spec.number}. {spec.title}",
-        f"Models: {', '.join(named)}",
-        f"Device: {cell.device}, {cell.dtype}" + (f"; quantized layers: {', '.join(backends)}" if backends else ""),
-        f"Calibration: {_calibration_text(records)}",
-        "Rows per benchmark: all" if cell.limit is None else f"Rows per benchmark: at most {cell.limit}",
-        "Each place: measured (delta to float) [paper]; -: not measured",
-    ]
-    return ". ".join(parts) + "."
-
-
-def _calibration_text(records: Sequence[Record]) -> str:
-    found = {record.cell.calibration for record in records if record.cell.calibration is not None}
-    texts = [
-        f"{info.num_samples} samples of {info.dataset}, split {info.split}, seed {info.seed}, sha256 {info.sha256[:12]}"
-        for info in found
-    ]
-    return "; ".join(sorted(texts)) or "none"
-
-
-def _row(
-    spec: TableSpec,
-    labels: tuple[str, ...],
-    scores: Scores,
-    reference: Scores,
-    paper: Mapping[tuple[str, str, str], Mapping[str, float]],
-) -> Row:
-    named = dict(zip(spec.rows, labels, strict=True))
-    printed = paper.get((base_model(named.get("model", "")), named.get("bits", ""), named.get("method", "")), {})
-    return Row(labels, tuple(_entry(column, scores, reference, printed) for column in spec.columns))
-
-
-def _entry(column: Column, scores: Scores, reference: Scores, printed: Mapping[str, float]) -> Entry:
-    if column.formula:
-        value = FORMULAS[column.formula](scores, reference)
-        return Entry(None if value is None else value * column.scale)
-    measured = scores.get(column.task)
-    base = reference.get(column.task)
-    return Entry(
-        measured=None if measured is None else measured * column.scale,
-        delta=None if measured is None or base is None else (measured - base) * column.scale,
-        paper=printed.get(column.paper),
-    )
+    rows = tuple(_row(spec, place, floats) for place in places)
+    has_delta = any(entry.delta is not None for row in rows for entry in row.entries)
+    return Frame(spec, rows, caption(shown_records, spec, has_delta))
 
 
 def base_model(name: str) -> str:
@@ -253,18 +116,141 @@ def base_model(name: str) -> str:
     return name.partition(FOLDER_MARK)[0]
 
 
-def _labels(record: Record, rows: Sequence[str]) -> tuple[str, ...]:
-    cell = record.cell
-    known = {"model": cell.model, "bits": cell.recipe.bits, "method": cell.recipe.method, "seed": str(cell.recipe.seed)}
-    return tuple(known[name] for name in rows)
+def _combined(records: Sequence[Record], spec: TableSpec) -> list[Place]:
+    """Rows made from settings: every combination that has a record, and the paper's if wanted."""
+    groups: dict[tuple[str, ...], list[Record]] = {}
+    for record in records:
+        settings = settings_of(record)
+        labels = tuple(shown(settings.get(name, NO_MODEL)) for name in spec.settings)
+        groups.setdefault(labels, []).append(record)
+    places = []
+    for labels, group in groups.items():
+        found = tuple(_find(group, column, {}) for column in spec.columns)
+        if any(found):
+            places.append(Place(labels, group[0].cell.model, found, _paper_key(spec, group[0])))
+    return sorted(places + _unmeasured(spec, places), key=lambda place: _sort_key(place.labels, spec))
 
 
-def _value(record: Record, name: str) -> float:
-    if name == "score" and record.score is not None:
-        return record.score
-    if name not in record.metrics:
+def _unmeasured(spec: TableSpec, places: Sequence[Place]) -> list[Place]:
+    """Rows of the paper that nothing was measured for."""
+    known = {tuple(sorted(place.paper.items())) for place in places}
+    missing: dict[tuple[str, ...], Place] = {}
+    columns = {setting: column for column, setting in spec.paper_key.items()}
+    for line in paper_lines(spec.paper) if spec.paper_rows else ():
+        key = {column: line[column] for column in spec.paper_key}
+        labels = tuple(line[columns[name]] if name in columns else NO_MODEL for name in spec.settings)
+        if tuple(sorted(key.items())) not in known:
+            missing[labels] = Place(labels, NO_MODEL, (None,) * len(spec.columns), key)
+    return list(missing.values())
+
+
+def _listed(records: Sequence[Record], spec: TableSpec) -> list[Place]:
+    """Rows as listed, once for every model that has a record for any of them."""
+    places = []
+    for model in sorted({record.cell.model for record in records}):
+        own = [record for record in records if record.cell.model == model]
+        body = [_listed_place(own, row, spec, model) for row in spec.row]
+        if any(record for place in body for record in place.records):
+            places += body
+    return places or [_listed_place([], row, spec, NO_MODEL) for row in spec.row]
+
+
+def _listed_place(records: Sequence[Record], row: RowSpec, spec: TableSpec, model: str) -> Place:
+    found = tuple(_find(records, column, row.conditions) if row.where else None for column in spec.columns)
+    record = next(filter(None, found), None)
+    settings = {"bits": FLOAT_BITS} if row.where.get("method") == FLOAT_METHOD else {}
+    settings |= {name: shown(_first(value)) for name, value in row.where.items()}
+    if record is not None:
+        settings |= {name: shown(value) for name, value in settings_of(record).items()}
+    labels = (model, *(_filled(label, settings, spec) for label in row.labels))
+    return Place(labels, model, found, row.paper)
+
+
+def _find(records: Sequence[Record], column: Column, conditions: Mapping[str, Any]) -> Record | None:
+    """The record that belongs where a row and a column meet."""
+    if not column.task:
+        return None
+    wanted = _merged(conditions, column.where)
+    fitting = [record for record in records if record.cell.task == column.task]
+    return the_only([record for record in fitting if passes(settings_of(record), wanted)])
+
+
+def _merged(row: Mapping[str, Any], column: Mapping[str, Any]) -> dict[str, Any]:
+    """Conditions of both; recipe options of a row and a column add up."""
+    both = {**row, **column}
+    if "options" in row and "options" in column:
+        both["options"] = {**row["options"], **column["options"]}
+    return both
+
+
+def _row(spec: TableSpec, place: Place, floats: Mapping[tuple[str, str], Record]) -> Row:
+    lines = [_paper_line(spec, place, column) for column in spec.columns]
+    baselines = [floats.get((base_model(place.model), column.task)) for column in spec.columns]
+    measured = _values(spec, place.records)
+    reference = _values(spec, [None if baseline in place.records else baseline for baseline in baselines])
+    paper = {
+        column.header: float(line[column.paper])
+        for column, line in zip(spec.columns, lines, strict=True)
+        if line is not None and column.paper and not column.text and line[column.paper]
+    }
+    figures = Figures(measured, reference, paper)
+    entries = (_entry(column, figures, line) for column, line in zip(spec.columns, lines, strict=True))
+    return Row(place.labels, tuple(entries))
+
+
+def _values(spec: TableSpec, records: Sequence[Record | None]) -> dict[str, float]:
+    """The figures of one row by column header, without those that are missing."""
+    pairs = zip(spec.columns, records, strict=True)
+    values = {column.header: _value(record, column, spec) for column, record in pairs if record is not None}
+    return {header: value for header, value in values.items() if value is not None}
+
+
+def _entry(column: Column, figures: Figures, line: Line | None) -> Entry:
+    if column.formula:
+        return Entry(FORMULAS[column.formula](figures, column.of))
+    if column.text:
+        return Entry(text="" if line is None else line[column.paper])
+    value, base = figures.measured.get(column.header), figures.reference.get(column.header)
+    delta = None if value is None or base is None else value - base
+    return Entry(value, delta, figures.paper.get(column.header))
+
+
+def _paper_line(spec: TableSpec, place: Place, column: Column) -> Line | None:
+    """The paper's row for one place.
+
+    Raises:
+        TableError: the specification names a row that the paper's file does not have.
+    """
+    key = {**place.paper, **column.paper_where}
+    line = find_line(spec.paper, key) if column.paper else None
+    if line is None and spec.row and column.paper and key:
+        raise TableError(f"table {spec.number}: results/paper/{spec.paper} has no row {key}")
+    return line
+
+
+def _paper_key(spec: TableSpec, record: Record) -> dict[str, str]:
+    settings = {**settings_of(record), MODEL: base_model(record.cell.model)}
+    return {column: shown(settings.get(name, "")) for column, name in spec.paper_key.items()}
+
+
+def _value(record: Record, column: Column, spec: TableSpec) -> float | None:
+    """The figure of a record that a column shows, on the printed scale; None where this record lacks the metric.
+
+    Raises:
+        TableError: the record has none of the metrics that the table shows of its task.
+    """
+    name = _metric(column, spec)
+    if name == SCORE and record.score is not None:
+        return record.score * column.scale
+    if name in record.metrics:
+        return record.metrics[name] * column.scale
+    if not any(_metric(other, spec) in record.metrics for other in spec.columns if other.task == column.task):
         raise TableError(f"{record.cell.label}: no metric '{name}'; it has: {', '.join(sorted(record.metrics))}")
-    return record.metrics[name]
+    return None
+
+
+def _metric(column: Column, spec: TableSpec) -> str:
+    return column.metric or spec.value
 
 
 def _sort_key(labels: tuple[str, ...], spec: TableSpec) -> tuple[tuple[int, str], ...]:
@@ -275,10 +261,20 @@ def _sort_key(labels: tuple[str, ...], spec: TableSpec) -> tuple[tuple[int, str]
     return tuple(key)
 
 
-def _paper_bits(visual: str, llm: str) -> str:
-    """The paper's spelling as ours: ``BF16`` is ``float``."""
-    ours = ["float" if bits == "BF16" else bits.lower() for bits in (visual, llm)]
-    return "/".join(ours)
+def _filled(label: str, settings: Mapping[str, str], spec: TableSpec) -> str:
+    """``{bits}`` replaced by the setting.
+
+    Raises:
+        TableError: there is no such setting.
+    """
+    lost = [name for name in SETTING_IN_LABEL.findall(label) if name not in settings]
+    if lost:
+        raise TableError(f"table {spec.number}: label '{label}' names no setting of its row; it has: {', '.join(settings)}")
+    return SETTING_IN_LABEL.sub(lambda match: settings[match[1]], label)
+
+
+def _first(value: Any) -> Any:
+    return value[0] if isinstance(value, list) else value
 
 
 def _is_float(record: Record) -> bool:

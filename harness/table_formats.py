@@ -15,10 +15,13 @@ DASH = "-"
 TEX_DASH = "--"
 MIN_CAPTION_WIDTH = 60
 UNLIMITED_WIDTH = 1000
+CSV_SUFFIXES = {"measured": "", "text": "", "delta": " delta", "paper": " paper"}
 
 
 def place(entry: Entry, column: Column, separator: str = " ", dash: str = DASH) -> str:
     """``measured (delta) [paper]``; parts that do not apply are left out, a missing measurement is a dash."""
+    if column.text:
+        return entry.text or dash
     parts = [_number(entry.measured, column.precision, dash)]
     if entry.delta is not None:
         parts.append(f"({_signed(entry.delta, column.precision)})")
@@ -45,25 +48,26 @@ def _terminal_lines(frame: Frame, separator: str) -> list[str]:
     for name in frame.spec.rows:
         table.add_column(name, no_wrap=True)
     for column in frame.spec.columns:
-        table.add_column(column.header, justify="right", no_wrap=True)
+        table.add_column(column.header, justify="left" if column.text else "right", no_wrap=True)
+    num_shared = frame.spec.num_group_labels
     before: tuple[str, ...] = ()
     for row in frame.rows:
-        if before and before[:-1] != row.labels[:-1]:
+        if before and before[:num_shared] != row.labels[:num_shared]:
             table.add_section()
         places = [
             place(entry, column, separator) for entry, column in zip(row.entries, frame.spec.columns, strict=True)
         ]
-        table.add_row(*_without_repeats(row.labels, before), *places)
+        table.add_row(*_without_repeats(row.labels, before, num_shared), *places)
         before = row.labels
     stream = io.StringIO()
     Console(file=stream, width=UNLIMITED_WIDTH, color_system=None, markup=False, highlight=False).print(table)
     return [line.strip("\n").rstrip() for line in stream.getvalue().strip("\n").splitlines()]
 
 
-def _without_repeats(labels: tuple[str, ...], before: tuple[str, ...]) -> list[str]:
-    """Labels with those blanked that the row above shows already."""
+def _without_repeats(labels: tuple[str, ...], before: tuple[str, ...], num_shared: int) -> list[str]:
+    """Labels with those of the first ``num_shared`` blanked that the row above shows already."""
     shared = 0
-    while shared < len(labels) - 1 and labels[: shared + 1] == before[: shared + 1]:
+    while shared < num_shared and labels[: shared + 1] == before[: shared + 1]:
         shared += 1
     return [""] * shared + list(labels[shared:])
 
@@ -71,7 +75,7 @@ def _without_repeats(labels: tuple[str, ...], before: tuple[str, ...]) -> list[s
 def to_markdown(frame: Frame, width: int = 0) -> str:
     columns = frame.spec.columns
     header = [*frame.spec.rows, *(column.header for column in columns)]
-    lines = [header, ["---"] * len(frame.spec.rows) + ["---:"] * len(columns)]
+    lines = [header, ["---"] * len(frame.spec.rows) + ["---" if column.text else "---:" for column in columns]]
     for row in frame.rows:
         lines.append([*row.labels, *(place(*pair) for pair in zip(row.entries, columns, strict=True))])
     table = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
@@ -84,7 +88,7 @@ def to_latex(frame: Frame, width: int = 0) -> str:
     lines = [
         r"\begin{table}",
         rf"\caption{{{_tex(frame.caption.removeprefix(f'Table {frame.spec.number}. '))}}}",  # LaTeX numbers it
-        rf"\begin{{tabular}}{{{'l' * len(frame.spec.rows)}{'r' * len(columns)}}}",
+        rf"\begin{{tabular}}{{{'l' * len(frame.spec.rows)}{''.join('l' if column.text else 'r' for column in columns)}}}",
         r"\toprule",
         _tex_line([*frame.spec.rows, *(column.header for column in columns)]),
         r"\midrule",
@@ -101,15 +105,12 @@ def to_csv(frame: Frame, width: int = 0) -> str:
     writer = csv.writer(stream, lineterminator="\n")
     header = list(frame.spec.rows)
     for column in frame.spec.columns:
-        header += (
-            [column.header] if column.formula else [column.header, f"{column.header} delta", f"{column.header} paper"]
-        )
+        header += [column.header + CSV_SUFFIXES[value] for value in column.values]
     writer.writerow(header)
     for row in frame.rows:
         cells = list(row.labels)
         for entry, column in zip(row.entries, frame.spec.columns, strict=True):
-            values = [entry.measured] if column.formula else [entry.measured, entry.delta, entry.paper]
-            cells += [_number(value, column.precision, DASH) for value in values]
+            cells += [_csv_value(entry, column, value) for value in column.values]
         writer.writerow(cells)
     return stream.getvalue()
 
@@ -120,6 +121,11 @@ FORMATS: Mapping[str, Callable[[Frame, int], str]] = {
     "tex": to_latex,
     "csv": to_csv,
 }
+
+
+def _csv_value(entry: Entry, column: Column, name: str) -> str:
+    value = getattr(entry, name)
+    return value or DASH if column.text else _number(value, column.precision, DASH)
 
 
 def _number(value: float | None, precision: int, dash: str) -> str:

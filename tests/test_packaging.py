@@ -94,7 +94,7 @@ import mqbench.kernels.hadamard
 points = {f"{point.group}:{point.name}": point.load() for point in distribution("mqbench").entry_points}
 modules = {name: module.__file__ for name, module in sys.modules.items() if name.startswith("mqbench.")}
 spec = table.load_spec(3)
-paper = sorted(model for model, _, _ in table.paper_figures(spec))
+paper = sorted(line["model"] for line in table.paper_lines(spec.paper))
 files = {name: path for name, path in modules.items() if path}
 print(json.dumps({"points": sorted(points), "files": files, "title": spec.title, "paper": paper}))
 points["console_scripts:mqbench"](["methods"])
