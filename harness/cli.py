@@ -40,6 +40,13 @@ Seed = Annotated[int, typer.Option(help="Seed of the calibration draw and of rot
 CalibSamples = Annotated[int, typer.Option(help="Calibration samples.")]
 CalibSplit = Annotated[str, typer.Option(help="Calibration data: 'mixed', or one benchmark's name.")]
 BatchSize = Annotated[int, typer.Option(help="Prompts per forward pass.")]
+Options = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="KEY=VALUE or METHOD.KEY=VALUE, repeatable; see 'mqbench methods --options METHOD'."),
+]
+Jobs = Annotated[int | None, typer.Option(help="Worker processes; by default one per core, or per GPU.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the records as JSON instead of a table.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="List the cells and estimates, run nothing.")]
 Out = Annotated[Path, typer.Option(help="Folder of records.jsonl; a later run with the same folder resumes.")]
 
 
@@ -55,6 +62,7 @@ def evaluate(
     bits: Annotated[
         str, typer.Option(help="VISION/LLM settings, comma-separated: w8a8, w4a8, w8a16, w4a16 or float on each side.")
     ] = "w8a8/w4a8,w4a8/w4a8",
+    options: Options = None,
     limit: Annotated[int | None, typer.Option(help="Rows per benchmark at most, for a quick look.")] = None,
     seed: Seed = 0,
     calib_samples: CalibSamples = 256,
@@ -64,10 +72,10 @@ def evaluate(
     out: Out = DEFAULT_OUT,
     data_dir: DataDir = None,
     models_dir: ModelsDir = None,
-    jobs: Annotated[int | None, typer.Option(help="Worker processes; by default one per core, or per GPU.")] = None,
+    jobs: Jobs = None,
     batch_size: BatchSize = 16,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the records as JSON instead of a table.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="List the cells and estimates, run nothing.")] = False,
+    as_json: AsJson = False,
+    dry_run: DryRun = False,
 ) -> None:
     """Run every model x method x bits x benchmark, then print Table 3.
 
@@ -81,16 +89,19 @@ def evaluate(
 
       mqbench eval --methods mquant --bits w4a8 --limit 20
 
+      mqbench eval --methods quarot,mquant --set activations=token --set mquant.rms=false
+
       mqbench eval --models qwen2-vl-7b --models-dir /data --device cuda
     """
     from mqbench.harness.commands import run_eval
-    from mqbench.harness.plan import Request
+    from mqbench.harness.request import Request, parse_options
 
     request = Request(
         models=_names(models, "--models"),
         methods=_names(methods, "--methods"),
         tasks=_names(tasks, "--tasks"),
         bits=_names(bits, "--bits"),
+        options=parse_options(options or []),
         limit=limit,
         seed=seed,
         calib_samples=calib_samples,
@@ -104,6 +115,46 @@ def evaluate(
         batch_size=batch_size,
     )
     if not run_eval(request, as_json=as_json, dry_run=dry_run):
+        raise typer.Exit(EXIT_FAILED_CELLS)
+
+
+@app.command("run")
+def run(
+    plan: Annotated[Path, typer.Option(help="TOML file of [[run]] entries, for example results/plans/paper.toml.")],
+    device: Device = "cpu",
+    dtype: Dtype = "auto",
+    out: Out = DEFAULT_OUT,
+    data_dir: DataDir = None,
+    models_dir: ModelsDir = None,
+    jobs: Jobs = None,
+    batch_size: BatchSize = 16,
+    as_json: AsJson = False,
+    dry_run: DryRun = False,
+) -> None:
+    """Run every cell of a plan file; cells that several runs share are computed once.
+
+    Stopped at any moment, the same command goes on with what is missing.
+    Exit code 1: some cells failed; 2: a wrong plan, nothing ran.
+
+    Examples:
+
+      mqbench run --plan results/plans/paper.toml --dry-run
+
+      mqbench run --plan results/plans/paper.toml --out results/records
+    """
+    from mqbench.harness.commands import run_plan_file
+    from mqbench.harness.request import Request
+
+    base = Request(
+        device=device,
+        dtype=dtype,
+        out=out,
+        data_dir=data_dir,
+        models_dir=models_dir,
+        jobs=jobs,
+        batch_size=batch_size,
+    )
+    if not run_plan_file(plan, base, as_json=as_json, dry_run=dry_run):
         raise typer.Exit(EXIT_FAILED_CELLS)
 
 
@@ -170,6 +221,7 @@ def quantize(
     method: Annotated[str, typer.Option(help="Name of the method, see 'mqbench methods'.")],
     out: Annotated[Path, typer.Option(help="New folder for the quantized model.")],
     bits: Annotated[str, typer.Option(help="VISION/LLM setting.")] = "w4a8/w4a8",
+    options: Options = None,
     seed: Seed = 0,
     calib_samples: CalibSamples = 256,
     calib_split: CalibSplit = "mixed",
@@ -188,12 +240,13 @@ def quantize(
       mqbench eval --models quantized
     """
     from mqbench.harness.commands import run_quantize
-    from mqbench.harness.plan import Request
+    from mqbench.harness.request import Request, parse_options
 
     request = Request(
         models=(model,),
         methods=(method,),
         bits=(bits,),
+        options=parse_options(options or []),
         seed=seed,
         calib_samples=calib_samples,
         calib_split=calib_split,

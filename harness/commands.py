@@ -15,13 +15,15 @@ from mqbench.harness.environment import ROOT
 from mqbench.harness.errors import RequestError
 from mqbench.harness.estimate import estimate_s, num_workers
 from mqbench.harness.listing import PIPE_WIDTH
-from mqbench.harness.plan import Plan, Request, expand
+from mqbench.harness.plan import Plan, expand, expand_all
 from mqbench.harness.progress import ProgressView, duration_text
 from mqbench.harness.record import Record
+from mqbench.harness.request import Request
 from mqbench.harness.run import Outcome, run_plan
 from mqbench.harness.select import parse_filters
 from mqbench.harness.store import RecordStore
-from mqbench.harness.table import load_spec, render
+from mqbench.harness.table import load_spec, render, without_choice
+from mqbench.harness.tasks import TaskKind, task_info
 
 EXIT_INTERRUPTED = 130
 MAIN_TABLE = 3
@@ -34,17 +36,31 @@ def run_eval(request: Request, *, as_json: bool, dry_run: bool) -> bool:
     Raises:
         MQBenchError: the request is wrong.
     """
-    plan = expand(request)
-    notes = Console(stderr=True)
-    _print_overview(plan, notes)
-    if dry_run:
-        print_plan(plan, as_json)
+    return _run_and_print(expand(request), as_json=as_json, dry_run=dry_run)
+
+
+def run_plan_file(path: Path, base: Request, *, as_json: bool, dry_run: bool) -> bool:
+    """Runs a plan file; True when no cell failed.
+
+    Raises:
+        MQBenchError: the plan is wrong.
+    """
+    from mqbench.harness.planfile import read_plan_file
+
+    file = read_plan_file(path, base)
+    plan = expand_all(file.requests) if file.requests else None
+    if file.blueprints and not dry_run:
+        from mqbench.harness.blueprint_records import run_blueprints
+
+        store = RecordStore(base.out)
+        store.prepare()
+        for run in file.blueprints:
+            run_blueprints(store, run.models, run.tasks)
+    if plan is None:
         return True
-    outcome = _run(plan, notes)
-    _print_results(plan, as_json)
-    _print_failures(outcome, request, notes)
-    notes.print(f"records: {RecordStore(request.out).path}", markup=False, highlight=False, soft_wrap=True)
-    return not outcome.failed
+    fine = _run_and_print(plan, as_json=as_json, dry_run=dry_run, table=False)
+    Console(stderr=True).print(f"render them: mqbench table all --out {base.out}", markup=False, highlight=False)
+    return fine
 
 
 def print_table(number: int, style: str, out: Path, where: Sequence[str]) -> None:
@@ -86,8 +102,8 @@ def print_plan(plan: Plan, as_json: bool) -> None:
     table = Table("model", "bits", "method", "task", "rows", "state")
     for cell in plan.cells:
         state = "to run" if cell.key in to_run else "done"
-        rows = str(plan.num_rows[cell.task])
-        table.add_row(cell.model, cell.recipe.bits, cell.recipe.method, cell.task, rows, state)
+        rows = str(plan.num_rows[cell.key])
+        table.add_row(cell.model, cell.recipe.bits, cell.recipe.label, cell.task, rows, state)
     Console().print(table)
 
 
@@ -108,6 +124,20 @@ def _print_overview(plan: Plan, notes: Console) -> None:
     notes.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
+def _run_and_print(plan: Plan, *, as_json: bool, dry_run: bool, table: bool = True) -> bool:
+    notes = Console(stderr=True)
+    _print_overview(plan, notes)
+    if dry_run:
+        print_plan(plan, as_json)
+        return True
+    outcome = _run(plan, notes)
+    if table or as_json:
+        _print_results(plan, as_json)
+    _print_failures(outcome, plan.request, notes)
+    notes.print(f"records: {RecordStore(plan.request.out).path}", markup=False, highlight=False, soft_wrap=True)
+    return not outcome.failed
+
+
 def _run(plan: Plan, notes: Console) -> Outcome:
     try:
         with ProgressView(plan, notes) as view:
@@ -118,11 +148,26 @@ def _run(plan: Plan, notes: Console) -> Outcome:
 
 
 def _print_results(plan: Plan, as_json: bool) -> None:
+    """Table 3 of the benchmarks, and a list of everything else that was measured."""
     records = _records_of(plan)
     if as_json:
         print(json.dumps([record.to_json() for record in records], indent=1, ensure_ascii=False))
-    elif any(record.ok for record in records):
-        sys.stdout.write(render(records, load_spec(MAIN_TABLE), width=terminal_width()))
+        return
+    ok = [record for record in records if record.ok]
+    others = [record for record in ok if task_info(record.cell.task).kind is not TaskKind.BENCHMARK]
+    if len(others) < len(ok):
+        sys.stdout.write(render(ok, without_choice(load_spec(MAIN_TABLE)), width=terminal_width()))
+    if others:
+        Console(width=terminal_width()).print(score_table(others), markup=False)
+
+
+def score_table(records: Sequence[Record]) -> Table:
+    """One line per record, with what its score counts."""
+    table = Table("model", "bits", "method", "task", "score", "unit")
+    for record in records:
+        cell, info = record.cell, task_info(record.cell.task)
+        table.add_row(cell.model, cell.recipe.bits, cell.recipe.label, info.title, f"{record.score:.4g}", info.unit)
+    return table
 
 
 def _records_of(plan: Plan) -> list[Record]:

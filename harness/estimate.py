@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import median
 
 from mqbench.harness.fingerprint import folder_bytes
-from mqbench.harness.plan import Group, Plan
+from mqbench.harness.plan import Group, Plan, rows_of
 from mqbench.harness.record import Record
 
 WORKER_BYTES = 3 * 2**30
@@ -102,5 +102,4 @@ def _available_memory_bytes() -> int:
 
 
 def _group_s(group: Group, plan: Plan, speed: Speed) -> float:
-    rows = sum(plan.num_rows[cell.task] for cell in group.cells)
-    return rows * speed.row_s + (speed.quantize_s if group.needs_calibration else 0.0)
+    return rows_of(plan, group.cells) * speed.row_s + (speed.quantize_s if group.needs_calibration else 0.0)

@@ -10,8 +10,10 @@ from __future__ import annotations
 import ast
 import contextlib
 import functools
+import hashlib
 import importlib
 import io
+import json
 import logging
 import os
 import pickle
@@ -87,6 +89,15 @@ def build_messages(task: Task, data: TaskData, family: str) -> list[Message]:
         build = functools.partial(mixin.build_prompt, dataset=task.dataset)
     prompts = (build(dataset.data.iloc[row]) for row in range(len(data)))
     return [[{**item, "dataset": task.dataset} for item in prompt] for prompt in prompts]
+
+
+def prompts_sha256(task: Task, data: TaskData, family: str) -> str:
+    """Hash of every prompt's texts in order: a new prompt template shows. The images are part of the data's own hash."""
+    digest = hashlib.sha256()
+    for message in build_messages(task, data, family):
+        texts = [item["value"] if item["type"] == "text" else f"<{item['type']}>" for item in message]
+        digest.update(json.dumps(texts).encode())
+    return digest.hexdigest()
 
 
 def calibration_prompts(calibration: Calibration, family: str) -> list[tuple[Message, str]]:

@@ -12,12 +12,15 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from mqbench.harness import discover, environment
-from mqbench.harness.errors import DatasetError, MissingWeightsError, MQBenchError
-from mqbench.harness.plan import Group, Request
-from mqbench.harness.record import Cell, Record, Sample, Status
+from mqbench.harness.errors import DatasetError, MissingWeightsError, MQBenchError, RequestError
+from mqbench.harness.inputs import modality_of_adapter
+from mqbench.harness.plan import Group
+from mqbench.harness.record import CalibrationInfo, Cell, Record, Sample, Status
+from mqbench.harness.request import Request
 from mqbench.harness.select import FLOAT_METHOD
 from mqbench.harness.sources import current_hash
-from mqbench.harness.store import PartialAnswers, RecordStore
+from mqbench.harness.store import RecordStore
+from mqbench.harness.tasks import Needs, TaskKind, TaskResult, task_info
 
 if TYPE_CHECKING:
     from mqbench.harness.datasets.files import TaskData
@@ -47,6 +50,29 @@ class Finished:
     reason: str
 
 
+@dataclass(frozen=True)
+class Ready:
+    """A model in memory, quantized, with what is known about it.
+
+    Attributes:
+        report: What quantization did; None for the float baseline.
+        quantize_s: Seconds that it took.
+    """
+
+    loaded: LoadedModel
+    adapter: ModelAdapter
+    report: QuantReport | None
+    quantize_s: float
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a cell came to; ``prompts_sha256`` is empty where there are no prompts."""
+
+    result: TaskResult
+    prompts_sha256: str = ""
+
+
 Notify = Callable[[Advanced | Finished], None]
 
 
@@ -58,15 +84,16 @@ class Executor:
         request: What the user asked for.
         device: This worker's device (``cuda:1``).
         notify: Told about progress.
-        evaluator: Module with ``evaluate_task``, ``score``, ``calibration_prompts`` and ``make_batches``.
+        evaluator: Module with ``evaluate_task``, ``score``, ``prompts_sha256``, ``calibration_prompts`` and
+            ``make_batches``.
     """
 
     request: Request
     device: str
     notify: Notify
     evaluator: str = EVALUATOR
-    _data: dict[str, TaskData] = field(default_factory=dict)
-    _prompts: dict[str, list[Any]] = field(default_factory=dict)
+    _data: dict[tuple[str, int | None], TaskData] = field(default_factory=dict)
+    _prompts: dict[tuple[str, CalibrationInfo], list[Any]] = field(default_factory=dict)
 
     @cached_property
     def store(self) -> RecordStore:
@@ -80,37 +107,35 @@ class Executor:
         """Writes one record for each cell, whatever happens; only the store's own errors come out."""
         started = time.perf_counter()
         try:
-            loaded, quantize_s = self.prepare(group)
+            ready = self.prepare(group)
         except Exception as error:
             for cell in group.cells:
                 self._store_failure(cell, error, started)
             return
-        adapter = discover.find_model(group.source.model)
         for cell in group.cells:
-            self._run_cell(loaded, adapter, cell, quantize_s)
+            self._run_cell(ready, cell)
 
-    def prepare(self, group: Group) -> tuple[LoadedModel, float]:
-        """The model of a group, ready to evaluate, and the seconds that quantizing it took."""
+    def prepare(self, group: Group) -> Ready:
+        """The model of a group, ready to evaluate."""
         loaded = self.load(group)
         started = time.perf_counter()
-        self.quantize(loaded, group)
+        report = self.quantize(loaded, group)
         quantize_s = time.perf_counter() - started
-        if group.needs_calibration:
-            self.notify(Advanced(self.request.calib_samples))
-        return loaded, quantize_s
+        if group.needs_calibration and group.calibration is not None:
+            self.notify(Advanced(group.calibration.num_samples))
+        return Ready(loaded, discover.find_model(group.source.model), report, quantize_s)
 
     def quantize(self, loaded: LoadedModel, group: Group) -> QuantReport | None:
-        """Quantizes in place; None when the folder was quantized before or the method is the float baseline."""
+        """Quantizes in place, or puts back what was quantized before; None for the float baseline."""
         import torch
 
         if group.source.quantized is not None:
-            self._load_quantized(loaded, group)
-            return None
+            return self._load_quantized(loaded, group)
         if group.recipe.method == FLOAT_METHOD:
             return None
         torch.manual_seed(group.recipe.seed)
         method = discover.find_method(group.recipe.method)
-        batches = self._calibration_batches(loaded, group) if group.needs_calibration else []
+        batches = self._calibration_batches(loaded, group.calibration) if group.calibration else []
         return method.quantize(loaded.model, loaded.layout, group.recipe, batches)
 
     def load(self, group: Group) -> LoadedModel:
@@ -123,67 +148,125 @@ class Executor:
         adapter = discover.find_model(source.model)
         return adapter.load(group.source.weights, self.device, getattr(torch, self.request.torch_dtype))
 
-    def _load_quantized(self, loaded: LoadedModel, group: Group) -> None:
+    def _load_quantized(self, loaded: LoadedModel, group: Group) -> QuantReport:
         from mqbench.harness.quant.serialize import load_quantized
 
         assert group.source.quantized is not None
         method = discover.find_method(group.recipe.method)
-        load_quantized(group.source.quantized, loaded, getattr(method, "restore", None))
+        return load_quantized(group.source.quantized, loaded, getattr(method, "restore", None)).report
 
-    def _calibration_batches(self, loaded: LoadedModel, group: Group) -> list[Batch]:
-        """Prompts with their answers, encoded in batches of similar length."""
-        prompts = self._calibration_prompts(loaded.layout.family)
-        adapter = discover.find_model(group.source.model)
+    def _calibration_batches(self, loaded: LoadedModel, info: CalibrationInfo) -> list[Batch]:
+        """The calibration samples as model inputs: prompts with their answers, or windows of text."""
+        adapter = discover.find_model(loaded.name)
+        if modality_of_adapter(adapter) is Needs.TEXT:
+            return self._text_calibration(loaded, adapter, info)
+        prompts = self._calibration_prompts(loaded.layout.family, info)
         messages = [message for message, _ in prompts]
         return [
             adapter.encode(loaded, [prompts[row][0] for row in rows], [prompts[row][1] for row in rows])
             for rows in self.evaluate.make_batches(messages, self.request.batch_size)
         ]
 
-    def _calibration_prompts(self, family: str) -> list[Any]:
-        from mqbench.harness.plan import load_calibration_set
+    def _text_calibration(self, loaded: LoadedModel, adapter: Any, info: CalibrationInfo) -> list[Batch]:
+        from mqbench.harness.datasets.text import load_text_calibration
 
-        if family not in self._prompts:
-            calibration = load_calibration_set(self.request, needed=True)
-            self._prompts[family] = self.evaluate.calibration_prompts(calibration, family)
-        return self._prompts[family]
+        settings = info.num_samples, info.seed, adapter.context_length
+        found = load_text_calibration(*settings, loaded.processor, self.request.data_dir)
+        _require_unchanged(found.info.sha256, info.sha256, "the calibration text")
+        return found.batches(loaded.model, self.request.batch_size)
 
-    def _run_cell(self, loaded: LoadedModel, adapter: ModelAdapter, cell: Cell, quantize_s: float) -> None:
+    def _calibration_prompts(self, family: str, info: CalibrationInfo) -> list[Any]:
+        from mqbench.harness.datasets.calibration import load_calibration
+
+        if (family, info) not in self._prompts:
+            found = load_calibration(info.split, info.num_samples, info.seed, self.request.data_dir)
+            _require_unchanged(found.hash, info.sha256, "the calibration data")
+            self._prompts[family, info] = self.evaluate.calibration_prompts(found, family)
+        return self._prompts[family, info]
+
+    def _run_cell(self, ready: Ready, cell: Cell) -> None:
         started = time.perf_counter()
         try:
-            record = self._evaluated(loaded, adapter, cell, quantize_s, started)
+            measured = self._measure(ready, cell)
         except Exception as error:
-            self._store_failure(cell, error, started, loaded)
+            self._store_failure(cell, error, started, ready.loaded)
             return
-        self.store.append(record)
-        self.notify(Finished(cell.key, cell.label, record.score, ""))
-
-    def _evaluated(
-        self, loaded: LoadedModel, adapter: ModelAdapter, cell: Cell, quantize_s: float, started: float
-    ) -> Record:
-        from mqbench.harness.finite import finite_outputs
-
-        data = self._task_data(cell)
-        with finite_outputs(loaded.model, loaded.layout):
-            answers = self._answers(loaded, adapter, data, cell)
-        folder = self.store.folder / "partial"
-        folder.mkdir(exist_ok=True)
-        result = self.evaluate.score(data.task, data, answers, folder)
-        return Record(
+        record = Record(
             cell=cell,
             status=Status.OK,
             started_at=_started_at(started),
             duration_s=round(time.perf_counter() - started, 3),
-            score=result.score,
-            metrics=result.metrics,
-            samples=tuple(Sample(index, text, result.hits.get(index)) for index, text in answers.items()),
-            environment=environment.describe(attention_of(loaded)),
-            quantize_s=round(quantize_s, 3),
+            score=measured.result.score,
+            metrics=measured.result.metrics,
+            samples=measured.result.samples,
+            arrays=measured.result.arrays,
+            prompts_sha256=measured.prompts_sha256,
+            environment=environment.describe(attention_of(ready.loaded)),
+            quantize_s=round(ready.quantize_s, 3),
         )
+        self.store.append(record)
+        self.notify(Finished(cell.key, cell.label, record.score, ""))
 
-    def _answers(self, loaded: LoadedModel, adapter: ModelAdapter, data: TaskData, cell: Cell) -> dict[str, str]:
-        """Answers to every row; those of a run that was killed in this cell are kept."""
-        partial: PartialAnswers = self.store.partial(cell.key)
+    def _measure(self, ready: Ready, cell: Cell) -> Measured:
+        match task_info(cell.task).kind:
+            case TaskKind.BENCHMARK:
+                return self._benchmark(ready, cell)
+            case TaskKind.PERPLEXITY:
+                return self._perplexity(ready, cell)
+            case TaskKind.PROBE:
+                return self._probe(ready, cell)
+            case kind:
+                raise RequestError(f"a cell of kind '{kind}' runs on no model in memory")
+
+    def _benchmark(self, ready: Ready, cell: Cell) -> Measured:
+        from mqbench.harness.finite import finite_outputs
+
+        loaded, data = ready.loaded, self._task_data(cell)
+        done, keep = self._resumed(cell)
+        with finite_outputs(loaded.model, loaded.layout):
+            answers: dict[str, str] = self.evaluate.evaluate_task(
+                loaded, ready.adapter, data.task, data, cell.batch_size, on_progress=keep, done=done
+            )
+        folder = self.store.folder / "partial"
+        folder.mkdir(exist_ok=True)
+        scored = self.evaluate.score(data.task, data, answers, folder)
+        samples = tuple(Sample(index, text, scored.hits.get(index)) for index, text in answers.items())
+        prompts = self.evaluate.prompts_sha256(data.task, data, loaded.layout.family)
+        return Measured(TaskResult(scored.score, scored.metrics, samples), prompts)
+
+    def _perplexity(self, ready: Ready, cell: Cell) -> Measured:
+        from mqbench.harness.datasets.text import load_corpus, load_windows
+        from mqbench.harness.finite import finite_outputs
+        from mqbench.harness.perplexity import perplexity, window_losses
+
+        length = ready.adapter.context_length  # type: ignore[attr-defined]
+        found = load_corpus("test", self.request.data_dir).windows_hash(length)
+        _require_unchanged(found, cell.data_sha256, "the evaluated text")
+        loaded = ready.loaded
+        windows = load_windows(loaded.processor, length, cell.limit, self.request.data_dir)
+        done, keep = self._resumed(cell)
+        with finite_outputs(loaded.model, loaded.layout):
+            losses = window_losses(loaded, windows, cell.batch_size, on_progress=keep, done=done)
+        metrics = {"perplexity": perplexity(losses), "num_items": float(len(windows)), "context_length": float(length)}
+        samples = tuple(Sample(index, "", loss) for index, loss in losses.items())
+        return Measured(TaskResult(metrics["perplexity"], metrics, samples))
+
+    def _probe(self, ready: Ready, cell: Cell) -> Measured:
+        from mqbench.harness.probes import PROBES, ProbeContext
+
+        def batches() -> list[Batch]:
+            if cell.calibration is None:
+                raise RequestError(f"task '{cell.task}' looks at calibration samples, and none were planned")
+            return self._calibration_batches(ready.loaded, cell.calibration)
+
+        context = ProbeContext(ready.loaded, cell.recipe, ready.report, batches)
+        result = PROBES[cell.task].run(context)
+        self.notify(Advanced(1))
+        return Measured(result)
+
+    def _resumed(self, cell: Cell) -> tuple[dict[str, str], Callable[[Mapping[str, str]], None]]:
+        """The answers of a run that was killed in this cell, and what keeps new ones."""
+        partial = self.store.partial(cell.key)
         done = partial.load()
         self.notify(Advanced(len(done)))
 
@@ -191,20 +274,17 @@ class Executor:
             partial.append(new)
             self.notify(Advanced(sum(index not in done for index in new)))
 
-        answers: dict[str, str] = self.evaluate.evaluate_task(
-            loaded, adapter, data.task, data, cell.batch_size, on_progress=keep, done=done
-        )
-        return answers
+        return done, keep
 
     def _task_data(self, cell: Cell) -> TaskData:
         from mqbench.harness.datasets.catalog import find_task
         from mqbench.harness.datasets.files import load_task
 
-        if cell.task not in self._data:
-            self._data[cell.task] = load_task(find_task(cell.task), self.request.data_dir, self.request.limit)
-        data = self._data[cell.task]
-        if data.content_hash != cell.data_sha256:
-            raise DatasetError(f"{data.source} changed while the run was under way; run again")
+        key = cell.task, cell.limit
+        if key not in self._data:
+            self._data[key] = load_task(find_task(cell.task), self.request.data_dir, cell.limit)
+        data = self._data[key]
+        _require_unchanged(data.content_hash, cell.data_sha256, str(data.source))
         return data
 
     def _store_failure(self, cell: Cell, error: Exception, started: float, loaded: LoadedModel | None = None) -> None:
@@ -214,6 +294,11 @@ class Executor:
         record = failure(cell, reason_of(error), _started_at(started), time.perf_counter() - started, attention)
         self.store.append(record)
         self.notify(Finished(cell.key, cell.label, None, record.reason))
+
+
+def _require_unchanged(found: str, planned: str, what: str) -> None:
+    if found != planned:
+        raise DatasetError(f"{what} changed while the run was under way; run again")
 
 
 def failure(cell: Cell, reason: str, started_at: str, duration_s: float = 0.0, attention: str | None = None) -> Record:

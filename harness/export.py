@@ -9,9 +9,11 @@ from pathlib import Path
 from mqbench.harness import discover
 from mqbench.harness.errors import RequestError
 from mqbench.harness.execute import Executor
-from mqbench.harness.plan import Group, Request, calibration_info, check_device, load_calibration_set, resolve_bits
+from mqbench.harness.inputs import Inputs
+from mqbench.harness.plan import Group, needs_data
 from mqbench.harness.quant.scheme import Recipe
 from mqbench.harness.quant.session import QuantReport
+from mqbench.harness.request import Request, check_device, recipes_of, resolve_bits
 from mqbench.harness.select import FLOAT_METHOD
 from mqbench.harness.sources import PROVENANCE_FILE, Provenance, float_source, is_quantized_folder
 from mqbench.harness.store import prepare_folder
@@ -40,23 +42,21 @@ def export(request: Request, folder: Path, say: Callable[[str], None]) -> Export
     method = discover.find_method(request.methods[0])
     if method.name == FLOAT_METHOD:
         raise RequestError("method 'none' quantizes nothing; choose another --method, see 'mqbench methods'")
-    (vision, text), *_ = resolve_bits(request.bits)
+    recipe = recipes_of(request, [method], resolve_bits(request.bits))[0]
     check_device(request)
     _check_folder(folder)
     source = float_source(discover.find_model(request.models[0]), request.models_dir)
-    recipe = Recipe(method.name, vision, text, request.seed)
-    needs_data = getattr(method, "needs_data", None)
-    calibration = load_calibration_set(request, needed=needs_data is None or needs_data(recipe))
-    info = None if calibration is None else calibration_info(calibration)
+    inputs = Inputs(request)
+    info = inputs.calibration(source) if needs_data(method, recipe) else None
     executor = Executor(request, request.device, notify=lambda _: None)
     group = Group(source, recipe, info)
     say(f"loading {source.model}")
     loaded = executor.load(group)
-    say(f"quantizing with {method.name} {recipe.bits}")
+    say(f"quantizing with {recipe.label} {recipe.bits}")
     report = executor.quantize(loaded, group)
     assert report is not None
     _save(folder, loaded, report, recipe)
-    hashes = () if calibration is None else tuple(row for part in calibration.parts for row in part.prompt_hashes)
+    hashes = () if info is None else inputs.calibration_hashes(source)
     Provenance(discover.method_version(method), info, hashes).write(folder)
     return Exported(folder, recipe, report)
 

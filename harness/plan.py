@@ -1,59 +1,26 @@
-"""From a request to the cells that must run. Everything that can be wrong with a request is found here, early."""
+"""From requests to the cells that must run. Everything that can be wrong with a request is found here, early."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mqbench.harness import discover
-from mqbench.harness.environment import device_kind
-from mqbench.harness.errors import CalibrationError, RequestError, UnknownNameError
-from mqbench.harness.quant.scheme import Recipe, parse_bits
+from mqbench.harness.errors import RequestError
+from mqbench.harness.inputs import Inputs, TaskInput, modality_of
+from mqbench.harness.quant.scheme import Recipe
 from mqbench.harness.record import CalibrationInfo, Cell, Record
+from mqbench.harness.request import Request, check_device, recipes_of, resolve_bits, resolve_methods
 from mqbench.harness.select import FLOAT_METHOD
-from mqbench.harness.sources import Source, find_sources
-from mqbench.harness.store import DEFAULT_OUT, RecordStore
+from mqbench.harness.sources import ALL, Source, Sources, find_sources
+from mqbench.harness.store import RecordStore
+from mqbench.harness.tasks import Needs, TaskInfo, TaskKind, find_infos
 
 if TYPE_CHECKING:
-    from mqbench.harness.datasets.calibration import Calibration
-    from mqbench.harness.datasets.files import TaskData
     from mqbench.harness.quant.session import Quantizer
 
-TABLE3_METHODS = ("rtn", "smoothquant", "quarot", "mquant")
-TABLE3_BITS = ("w8a8/w4a8", "w4a8/w4a8")
-AUTO = "auto"
-DTYPES = ("float32", "bfloat16", "float16")
 FLOAT_RECIPE = Recipe(FLOAT_METHOD)
-
-
-@dataclass(frozen=True)
-class Request:
-    """What a user asks ``mqbench eval`` for; see its help for each option."""
-
-    models: tuple[str, ...] = ("all",)
-    methods: tuple[str, ...] = TABLE3_METHODS
-    tasks: tuple[str, ...] = ("all",)
-    bits: tuple[str, ...] = TABLE3_BITS
-    limit: int | None = None
-    seed: int = 0
-    calib_samples: int = 256
-    calib_split: str = "mixed"
-    device: str = "cpu"
-    dtype: str = AUTO
-    out: Path = DEFAULT_OUT
-    data_dir: Path | None = None
-    models_dir: Path | None = None
-    jobs: int | None = None
-    batch_size: int = 16
-
-    @property
-    def torch_dtype(self) -> str:
-        """``auto`` is float32 on CPU, where it is fastest, and bfloat16, the checkpoints' own, on a GPU."""
-        if self.dtype != AUTO:
-            return self.dtype
-        return "bfloat16" if self.device.startswith("cuda") else "float32"
 
 
 @dataclass(frozen=True)
@@ -72,20 +39,20 @@ class Group:
 
     @property
     def label(self) -> str:
-        return f"{self.source.label} {self.recipe.method} {self.recipe.bits}"
+        return f"{self.source.label} {self.recipe.label} {self.recipe.bits}"
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a request comes to.
+    """What requests come to.
 
     Attributes:
-        request: The request.
+        request: The first request: device, data and output folder are the same for all.
         cells: Every cell asked for, in the order of the table.
         groups: What must run: the cells without an ok record.
         records: Newest records of this folder by cell key.
         missing: Registered models without weights -> how to get them.
-        num_rows: Rows to evaluate by task.
+        num_rows: Rows to evaluate by cell key.
     """
 
     request: Request
@@ -101,13 +68,13 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class _Inputs:
-    """The checked parts of a request."""
+class _Wanted:
+    """The checked parts of one request that need no files."""
 
-    methods: tuple[Quantizer, ...]
-    bits: tuple[tuple[str, str], ...]
-    data: Mapping[str, TaskData]
-    calibration: Calibration | None
+    request: Request
+    infos: tuple[TaskInfo, ...]
+    methods: Mapping[str, Quantizer]
+    recipes: Sequence[Recipe]
     device: str
 
 
@@ -115,174 +82,147 @@ def expand(request: Request) -> Plan:
     """Checks a request and lists what must run.
 
     Raises:
-        MQBenchError: one of its kinds for each thing that can be wrong: unknown names, missing or damaged weights,
-            unusable data, an empty or overlapping calibration set, a folder that cannot be written.
+        MQBenchError: one of its kinds for each thing that can be wrong: unknown names and options, missing or damaged
+            weights, unusable data, an empty or overlapping calibration set, a folder that cannot be written.
     """
-    methods = resolve_methods(request.methods)
-    bits = resolve_bits(request.bits)
-    device = check_device(request)
-    store = RecordStore(request.out)
+    return expand_all([request])
+
+
+def expand_all(requests: Sequence[Request]) -> Plan:
+    """One plan for several requests: a cell that two of them ask for stands in it once.
+
+    Raises:
+        MQBenchError: as ``expand``.
+    """
+    wanted = [_wanted(request) for request in requests]
+    store = RecordStore(requests[0].out)
     store.prepare()
-    sources = find_sources(request.models, request.models_dir)
-    data = load_data(request)
-    quantizes = any(source.recipe is None and not source.only_baseline for source in sources.found)
-    calibration = load_calibration_set(request, quantizes and needs_calibration(methods, bits))
-    check_overlap(data, calibration, sources.found)
-    inputs = _Inputs(methods, bits, data, calibration, device)
-    groups = [group for source in sources.found for group in _groups_of(source, request, inputs)]
+    groups: dict[tuple[str, str, CalibrationInfo | None], Group] = {}
+    num_rows: dict[str, int] = {}
+    missing: dict[str, str] = {}
+    for one in wanted:
+        sources = find_sources(one.request.models, one.request.models_dir)
+        missing |= sources.missing
+        for group in _groups_of_request(one, sources, num_rows):
+            _merge(groups, group)
     records = store.latest()
     return Plan(
-        request=request,
-        cells=tuple(cell for group in groups for cell in group.cells),
-        groups=tuple(rest for group in groups if (rest := _without_done(group, records)).cells),
+        request=requests[0],
+        cells=tuple(cell for group in groups.values() for cell in group.cells),
+        groups=tuple(rest for group in groups.values() if (rest := _without_done(group, records)).cells),
         records=records,
-        missing=sources.missing,
-        num_rows={name: len(rows) for name, rows in data.items()},
+        missing=missing,
+        num_rows=num_rows,
     )
 
 
-def resolve_methods(names: Sequence[str]) -> tuple[Quantizer, ...]:
-    """Methods by name or alias, each once. The float baseline is always planned, so ``none`` adds nothing.
-
-    Raises:
-        UnknownNameError: a name is not registered.
-    """
-    methods = {method.name: method for method in map(discover.find_method, names)}
-    methods.pop(FLOAT_METHOD, None)
-    return tuple(methods.values())
-
-
-def resolve_bits(texts: Sequence[str]) -> tuple[tuple[str, str], ...]:
-    """(vision, text) presets, each pair once.
-
-    Raises:
-        UnknownNameError: a part is no preset.
-        RequestError: nothing would be quantized.
-    """
-    pairs = tuple(dict.fromkeys(parse_bits(text) for text in texts))
-    if ("float", "float") in pairs:
-        raise RequestError("bits 'float/float' quantize nothing; the float baseline always runs, leave them out")
-    return pairs
-
-
-def check_device(request: Request) -> str:
-    """The device's kind.
-
-    Raises:
-        UnknownNameError: no such dtype.
-        RequestError: a number that makes no sense, or a device that torch cannot use.
-    """
-    if request.dtype not in (AUTO, *DTYPES):
-        raise UnknownNameError("dtype", request.dtype, (AUTO, *DTYPES))
-    for name, value in (("--batch-size", request.batch_size), ("--jobs", request.jobs), ("--limit", request.limit)):
-        if value is not None and value < 1:
-            raise RequestError(f"{name} must be at least 1, got {value}")
-    kind, _, index = request.device.partition(":")
-    if kind not in ("cpu", "cuda") or (index and not index.isdigit()):
-        raise RequestError(f"unknown device '{request.device}'; use cpu, cuda or cuda:N")
-    if kind == "cuda":
-        import torch
-
-        if int(index or 0) >= torch.cuda.device_count():
-            raise RequestError(f"device '{request.device}' is not there; torch sees {torch.cuda.device_count()} GPU(s)")
-    return device_kind(request.device)
-
-
-def load_data(request: Request) -> dict[str, TaskData]:
-    """The rows of every task asked for.
-
-    Raises:
-        UnknownNameError: no such task.
-        DatasetError: a file is unusable.
-    """
-    from mqbench.harness.datasets.catalog import find_tasks
-    from mqbench.harness.datasets.files import load_task
-
-    tasks = find_tasks(request.tasks)
-    if not tasks:
+def _wanted(request: Request) -> _Wanted:
+    methods = resolve_methods(request.methods)
+    pairs = resolve_bits(request.bits)
+    infos = find_infos(request.tasks)
+    if not infos:
         raise RequestError("no task to evaluate; give --tasks, or see 'mqbench tasks'")
-    return {task.name: load_task(task, request.data_dir, request.limit) for task in tasks}
+    for info in infos:
+        if info.kind is TaskKind.BLUEPRINT:
+            raise RequestError(f"task '{info.name}' reads no weights; compute it with 'mqbench run --plan'")
+    recipes = recipes_of(request, methods, pairs)
+    return _Wanted(request, infos, {method.name: method for method in methods}, recipes, check_device(request))
 
 
-def needs_calibration(methods: Sequence[Quantizer], bits: Sequence[tuple[str, str]]) -> bool:
-    """Whether any recipe of a request reads calibration samples."""
-    return any(_needs_data(method, Recipe(method.name, *pair)) for method in methods for pair in bits)
-
-
-def load_calibration_set(request: Request, needed: bool) -> Calibration | None:
-    """The calibration set, or None when nothing reads it.
-
-    Raises:
-        CalibrationError: it is empty or has fewer samples than asked for.
-    """
-    from mqbench.harness.datasets.calibration import load_calibration
-
-    if not needed:
-        return None
-    return load_calibration(request.calib_split, request.calib_samples, request.seed, request.data_dir)
-
-
-def check_overlap(data: Mapping[str, TaskData], calibration: Calibration | None, sources: Sequence[Source]) -> None:
-    """No evaluated row was calibrated on, now or when a quantized folder was made.
-
-    Raises:
-        CalibrationError: one was.
-    """
-    for rows in data.values():
-        if calibration is not None:
-            calibration.refuse_overlap(rows)
-        for source in sources:
-            seen = source.provenance is not None and set(source.provenance.prompt_hashes) & set(rows.prompt_hashes)
-            if seen:
-                raise CalibrationError(
-                    f"'{source.quantized}' was calibrated on {len(seen)} evaluated row(s) of {rows.source}; "
-                    "quantize again with another --calib-split or --data-dir"
-                )
-
-
-def calibration_info(calibration: Calibration) -> CalibrationInfo:
-    """The form that records keep: a user's folder is named without its path."""
-    dataset = "shipped" if calibration.dataset == "shipped" else "data-dir"
-    return CalibrationInfo(dataset, calibration.split, calibration.num_samples, calibration.seed, calibration.hash)
-
-
-def _groups_of(source: Source, request: Request, inputs: _Inputs) -> list[Group]:
-    if source.recipe is not None and source.provenance is not None:
-        version, calibration = source.provenance.method_version, source.provenance.calibration
-        return [_group(source, source.recipe, version, calibration, request, inputs)]
-    float_version = discover.method_version(discover.find_method(FLOAT_METHOD))
-    groups = [_group(source, FLOAT_RECIPE, float_version, None, request, inputs)]
-    if source.only_baseline:
-        return groups
-    info = None if inputs.calibration is None else calibration_info(inputs.calibration)
-    for vision, text in inputs.bits:
-        for method in inputs.methods:
-            recipe = Recipe(method.name, vision, text, request.seed)
-            used = info if _needs_data(method, recipe) else None
-            groups.append(_group(source, recipe, discover.method_version(method), used, request, inputs))
+def _groups_of_request(wanted: _Wanted, sources: Sources, num_rows: dict[str, int]) -> list[Group]:
+    inputs = Inputs(wanted.request)
+    fitting = {source.label: _fitting(wanted, source) for source in sources.found}
+    if not any(fitting.values()):
+        names = ", ".join(info.name for info in wanted.infos)
+        raise RequestError(f"no model asked for can run {names}; see 'mqbench models' and 'mqbench tasks'")
+    groups: list[Group] = []
+    for source in sources.found:
+        groups += _groups_of(source, fitting[source.label], wanted, inputs, num_rows)
+    inputs.check_overlap(sources.found)
     return groups
 
 
-def _group(
-    source: Source, recipe: Recipe, version: str, calibration: CalibrationInfo | None, request: Request, inputs: _Inputs
-) -> Group:
-    cells = tuple(
-        Cell(
-            model=source.label,
-            weights_sha256=source.weights_sha256,
-            recipe=recipe,
-            method_version=version,
-            task=task,
-            limit=request.limit,
-            data_sha256=rows.content_hash,
-            calibration=calibration,
-            device=inputs.device,
-            dtype=request.torch_dtype,
-            batch_size=request.batch_size,
+def _fitting(wanted: _Wanted, source: Source) -> tuple[TaskInfo, ...]:
+    """The tasks that a model can run.
+
+    Raises:
+        RequestError: a model that was asked for by name can run none.
+    """
+    modality = modality_of(source)
+    infos = tuple(info for info in wanted.infos if info.needs in (Needs.ANY, modality))
+    if not infos and ALL not in wanted.request.models:
+        names = ", ".join(info.name for info in wanted.infos)
+        raise RequestError(f"model '{source.model}' is {modality}-only and cannot run {names}; give other --tasks")
+    return infos
+
+
+def _groups_of(
+    source: Source, infos: Sequence[TaskInfo], wanted: _Wanted, inputs: Inputs, num_rows: dict[str, int]
+) -> list[Group]:
+    reads = {info: inputs.task(info, source) for info in infos}
+
+    def group(recipe: Recipe, version: str, calibration: CalibrationInfo | None) -> Group:
+        fitting = {info: read for info, read in reads.items() if info.runs_on_float or recipe.method != FLOAT_METHOD}
+        cells = tuple(
+            _cell(source, recipe, version, calibration, info, read, wanted) for info, read in fitting.items()
         )
-        for task, rows in inputs.data.items()
+        num_rows.update({cell.key: read.num_rows for cell, read in zip(cells, fitting.values(), strict=True)})
+        return Group(source, recipe, calibration, cells)
+
+    if source.recipe is not None and source.provenance is not None:
+        return [group(source.recipe, source.provenance.method_version, source.provenance.calibration)]
+    groups = [group(FLOAT_RECIPE, discover.method_version(discover.find_method(FLOAT_METHOD)), None)]
+    for recipe in () if source.only_baseline else _recipes_for(source, wanted.recipes):
+        method = wanted.methods[recipe.method]
+        calibration = inputs.calibration(source) if needs_data(method, recipe) else None
+        groups.append(group(recipe, discover.method_version(method), calibration))
+    return groups
+
+
+def _recipes_for(source: Source, recipes: Sequence[Recipe]) -> list[Recipe]:
+    """A text-only model has no vision tower: settings that differ in it alone are one, those of it alone none."""
+    if modality_of(source) is not Needs.TEXT:
+        return list(recipes)
+    text_only = [replace(recipe, vision="float") for recipe in recipes if recipe.text != "float"]
+    return [recipe for number, recipe in enumerate(text_only) if recipe not in text_only[:number]]
+
+
+def _cell(
+    source: Source,
+    recipe: Recipe,
+    version: str,
+    calibration: CalibrationInfo | None,
+    info: TaskInfo,
+    read: TaskInput,
+    wanted: _Wanted,
+) -> Cell:
+    return Cell(
+        model=source.label,
+        weights_sha256=source.weights_sha256,
+        recipe=recipe,
+        method_version=version,
+        task=info.name,
+        limit=read.limit,
+        data_sha256=read.data_sha256,
+        calibration=read.calibration or calibration,
+        device=wanted.device,
+        dtype=wanted.request.torch_dtype,
+        batch_size=wanted.request.batch_size,
     )
-    return Group(source, recipe, calibration, cells)
+
+
+def needs_data(method: Quantizer, recipe: Recipe) -> bool:
+    """Methods may offer ``needs_data(recipe)``; one that does not is taken to calibrate."""
+    asks = getattr(method, "needs_data", None)
+    return True if asks is None else bool(asks(recipe))
+
+
+def _merge(groups: dict[tuple[str, str, CalibrationInfo | None], Group], new: Group) -> None:
+    """Adds a group, or its cells to the group of the same quantized model."""
+    key = new.source.label, f"{new.recipe.bits} {new.recipe.label} {new.recipe.seed}", new.calibration
+    old = groups.setdefault(key, replace(new, cells=()))
+    known = {cell.key for cell in old.cells}
+    groups[key] = replace(old, cells=(*old.cells, *(cell for cell in new.cells if cell.key not in known)))
 
 
 def _without_done(group: Group, records: Mapping[str, Record]) -> Group:
@@ -290,7 +230,6 @@ def _without_done(group: Group, records: Mapping[str, Record]) -> Group:
     return replace(group, cells=tuple(cell for cell in group.cells if cell.key not in keys))
 
 
-def _needs_data(method: Quantizer, recipe: Recipe) -> bool:
-    """Methods may offer ``needs_data(recipe)``; one that does not is taken to calibrate."""
-    needs_data = getattr(method, "needs_data", None)
-    return True if needs_data is None else bool(needs_data(recipe))
+def rows_of(plan: Plan, cells: Iterable[Cell]) -> int:
+    """Rows to evaluate in some of a plan's cells."""
+    return sum(plan.num_rows[cell.key] for cell in cells)

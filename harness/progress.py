@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from mqbench.harness.execute import Finished
-from mqbench.harness.plan import Plan
+from mqbench.harness.plan import Plan, rows_of
 
 
 class ProgressView:
@@ -69,9 +69,9 @@ class ProgressView:
 
 def work_of(plan: Plan) -> int:
     """Rows to evaluate plus calibration samples to use, over all groups that run."""
-    rows = sum(plan.num_rows[cell.task] for group in plan.groups for cell in group.cells)
-    samples = sum(plan.request.calib_samples for group in plan.groups if group.needs_calibration)
-    return rows + samples
+    rows = sum(rows_of(plan, group.cells) for group in plan.groups)
+    samples = [group.calibration.num_samples for group in plan.groups if group.needs_calibration and group.calibration]
+    return rows + sum(samples)
 
 
 def duration_text(seconds: float) -> str:

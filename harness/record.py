@@ -17,7 +17,7 @@ from mqbench.harness.quant.scheme import Recipe
 SCHEMA_VERSION = 2
 """Version of the JSON form of a ``Record``; raised when a field is added, renamed or changes its meaning."""
 
-ADDED_FIELDS: Mapping[int, Mapping[str, Any]] = MappingProxyType({2: {"arrays": {}}})
+ADDED_FIELDS: Mapping[int, Mapping[str, Any]] = MappingProxyType({2: {"arrays": {}, "prompts_sha256": ""}})
 """Fields that a version brought, with what they are in older records."""
 
 
@@ -133,6 +133,7 @@ class Record:
         metrics: Every figure that the evaluator gave, by name.
         samples: One entry per evaluated row.
         arrays: Series of numbers for figures, by name.
+        prompts_sha256: Hash of the prompts as the model got them; empty where there are none, or none was kept.
         environment: See ``environment.describe``.
         backend: Simulated or real integer computation.
         started_at: ISO 8601, UTC.
@@ -150,6 +151,7 @@ class Record:
     metrics: Mapping[str, float] = field(default_factory=dict)
     samples: Sequence[Sample] = ()
     arrays: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    prompts_sha256: str = ""
     environment: Mapping[str, Any] = field(default_factory=dict)
     backend: Backend = Backend.SIMULATED
     quantize_s: float = 0.0

@@ -19,7 +19,8 @@ from typing import Protocol
 
 from mqbench.harness.estimate import num_threads, num_workers
 from mqbench.harness.execute import EVALUATOR, Advanced, Executor, Finished, failure, now
-from mqbench.harness.plan import Group, Plan, Request
+from mqbench.harness.plan import Group, Plan
+from mqbench.harness.request import Request
 from mqbench.harness.store import RecordStore
 
 MAX_ATTEMPTS = 2

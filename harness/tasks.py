@@ -47,6 +47,7 @@ class TaskInfo:
         needs: The models that it fits.
         higher_is_better: Direction of the score.
         uses_calibration: A probe that reads the calibration samples whatever the recipe.
+        runs_on_float: Not only on quantized models.
     """
 
     name: str
@@ -56,6 +57,7 @@ class TaskInfo:
     needs: Needs
     higher_is_better: bool = True
     uses_calibration: bool = False
+    runs_on_float: bool = True
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,7 @@ OTHERS = (
         Needs.ANY,
         uses_calibration=True,
     ),
-    TaskInfo("eq9", "Eq. 9", "% of blocks that satisfy Eq. 9", TaskKind.PROBE, Needs.ANY),
+    TaskInfo("eq9", "Eq. 9", "% of blocks that satisfy Eq. 9", TaskKind.PROBE, Needs.ANY, runs_on_float=False),
     TaskInfo("weight_distribution", "weights", "median peak ratio without and with RMS", TaskKind.PROBE, Needs.ANY),
     TaskInfo("model_size", "model size", "parameters, 10^9", TaskKind.BLUEPRINT, Needs.ANY),
     TaskInfo("visual_tokens", "visual tokens", "tokens", TaskKind.BLUEPRINT, Needs.ANY),

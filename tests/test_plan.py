@@ -24,8 +24,9 @@ from mqbench.harness.errors import (
     UnknownNameError,
 )
 from mqbench.harness.estimate import estimate_s, num_workers
-from mqbench.harness.plan import Request, expand
+from mqbench.harness.plan import expand
 from mqbench.harness.record import Record
+from mqbench.harness.request import Request
 from mqbench.harness.store import RecordStore
 
 

@@ -17,8 +17,9 @@ import pytest
 from fakes import plugin
 from fakes.plugin import Workplace, make_workplace, write_tsv
 from mqbench.harness.execute import Advanced, Executor, Finished
-from mqbench.harness.plan import Plan, Request, expand
+from mqbench.harness.plan import Plan, expand
 from mqbench.harness.record import Record
+from mqbench.harness.request import Request
 from mqbench.harness.run import run_plan, worker_devices
 from mqbench.harness.store import RecordStore
 

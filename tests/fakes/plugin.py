@@ -148,6 +148,10 @@ def evaluate_task(
     return {index: answers[index] for index in data.indices}
 
 
+def prompts_sha256(task: Any, data: Any, family: str) -> str:
+    return "e" * 64
+
+
 def score(task: Any, data: Any, predictions: Mapping[str, str], work_dir: Path) -> SimpleNamespace:
     hits = {index: float(text == "right") for index, text in predictions.items()}
     total = 100 * sum(hits.values()) / len(hits)
