@@ -1,7 +1,11 @@
-"""GPTQ: rounds a weight column by column and lets the columns to come make up for the error (Frantar et al. 2023)."""
+"""GPTQ: rounds a weight column by column and lets the columns to come make up for the error (Frantar et al. 2023).
+
+``METHOD`` is GPTQ alone, without any transform; other methods take ``round_weights_gptq`` as one of their steps.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -9,11 +13,19 @@ import torch
 from torch import Tensor
 
 from mqbench.harness.errors import CalibrationError, NonFiniteError
-from mqbench.harness.quant.calibrate import WEIGHT_CLIP, ZERO_POINT, store_and_report
+from mqbench.harness.quant.calibrate import (
+    ACTIVATION_OPTIONS,
+    WEIGHT_CLIP,
+    ZERO_POINT,
+    attach_input_quantizers,
+    calibrate_activations,
+    store_and_report,
+)
 from mqbench.harness.quant.capture import Replay, visit_groups
+from mqbench.harness.quant.method import StepMethod
 from mqbench.harness.quant.options import Option
-from mqbench.harness.quant.scheme import QuantArgs
-from mqbench.harness.quant.session import Session
+from mqbench.harness.quant.scheme import QuantArgs, Recipe
+from mqbench.harness.quant.session import Session, Step
 from mqbench.harness.quant.weight import (
     Clip,
     RoundedWeight,
@@ -186,3 +198,18 @@ def _round_block(
         errors[i] = (block[i] - value) / factor[i, i]
         block[i:] -= factor[i, i:, None] * errors[i]
     return levels.T, errors.T.contiguous()
+
+
+def gptq_steps(recipe: Recipe) -> Sequence[Step]:
+    """Round with GPTQ, calibrate."""
+    return (round_weights_gptq, attach_input_quantizers, calibrate_activations)
+
+
+METHOD = StepMethod(
+    name="gptq",
+    aliases=(),
+    summary="GPTQ weights without any transform; static per-tensor activations where they are rounded",
+    steps=gptq_steps,
+    uses_data=True,
+    options=(*OPTIONS, *ACTIVATION_OPTIONS),
+)

@@ -86,7 +86,7 @@ def weight_scale(weight: Tensor, args: QuantArgs, clip: str = Clip.MINMAX) -> We
     if clip not in list(Clip):
         raise UnknownNameError("weight clip", clip, Clip)
     num_groups = int(group_index(weight.shape[1], args).max()) + 1
-    rows = _group_rows(weight.detach().to(torch.promote_types(weight.dtype, torch.float32)), args)
+    rows = group_rows(weight.detach().to(torch.promote_types(weight.dtype, torch.float32)), args)
     low, high = _range(rows, args)
     if clip == Clip.MSE:
         shrink = torch.cat([_best_shrink(args, *chunk) for chunk in _chunks(rows, low, high)])
@@ -145,7 +145,7 @@ def store_rounded(linear: QuantLinear, rounded: RoundedWeight, args: QuantArgs) 
     return (error / torch.linalg.norm(before).clamp_min(torch.finfo(before.dtype).tiny)).item()
 
 
-def _group_rows(weight: Tensor, args: QuantArgs) -> Tensor:
+def group_rows(weight: Tensor, args: QuantArgs) -> Tensor:
     """A row per group: (out_features, in_features) -> (out_features * groups, group size).
 
     A shorter last group is filled up with zeros: every range holds zero, and every grid has it as a level.
