@@ -90,7 +90,7 @@ class Cell:
     @property
     def label(self) -> str:
         """For progress lines and messages."""
-        return f"{self.model} {self.recipe.method} {self.recipe.bits} {self.task}"
+        return f"{self.model} {self.recipe.label} {self.recipe.bits} {self.task}"
 
     def to_json(self) -> dict[str, Any]:
         calibration = None if self.calibration is None else asdict(self.calibration)
