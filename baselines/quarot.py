@@ -13,8 +13,9 @@ from types import MappingProxyType
 
 from mqbench.baselines import gptq, rotation
 from mqbench.baselines.gptq import round_weights_gptq
-from mqbench.baselines.rotation import rotation_steps
+from mqbench.baselines.rotation import rotated_kv_steps, rotation_steps
 from mqbench.harness.errors import UnknownNameError
+from mqbench.harness.quant import kv_cache
 from mqbench.harness.quant.calibrate import (
     ACTIVATION_OPTIONS,
     WEIGHT_CLIP,
@@ -53,7 +54,13 @@ def rounding_step(recipe: Recipe) -> Step:
 
 def quarot_steps(recipe: Recipe) -> Sequence[Step]:
     """Rotate, round, calibrate."""
-    return (*rotation_steps(recipe), rounding_step(recipe), attach_input_quantizers, calibrate_activations)
+    return (
+        *rotation_steps(recipe),
+        rounding_step(recipe),
+        attach_input_quantizers,
+        calibrate_activations,
+        *rotated_kv_steps(recipe),
+    )
 
 
 METHOD = StepMethod(
@@ -62,5 +69,5 @@ METHOD = StepMethod(
     summary="residual rotation and online Hadamards, GPTQ weights, static per-tensor activations",
     steps=quarot_steps,
     uses_data=True,
-    options=(*rotation.OPTIONS, *ROUNDING_OPTIONS, *ACTIVATION_OPTIONS),
+    options=(*rotation.OPTIONS, *ROUNDING_OPTIONS, *ACTIVATION_OPTIONS, *kv_cache.OPTIONS),
 )

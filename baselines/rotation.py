@@ -22,6 +22,7 @@ from mqbench.baselines.fusion import (
     untie_head,
 )
 from mqbench.harness.errors import LayoutError
+from mqbench.harness.quant.kv_cache import kv_cache_steps
 from mqbench.harness.quant.layout import Attention, Part, Tower
 from mqbench.harness.quant.options import Option
 from mqbench.harness.quant.scheme import Recipe
@@ -52,6 +53,11 @@ def rotation_steps(recipe: Recipe) -> list[Step]:
         ("online_out_hadamard", attach_out_hadamard),
     )
     return [fuse_norms, *(step for key, step in switches if on[key])]
+
+
+def rotated_kv_steps(recipe: Recipe) -> tuple[Step, ...]:
+    """KV-cache quantization behind online Hadamards of queries and keys, unless ``online_hadamard`` is off."""
+    return kv_cache_steps(recipe, rotate=bool(recipe.options.get("online_hadamard", True)))
 
 
 @torch.no_grad()

@@ -13,9 +13,10 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from mqbench.harness.quant import calibrate
+from mqbench.harness.quant import calibrate, kv_cache
 from mqbench.harness.quant.calibrate import attach_input_quantizers, calibrate_activations, round_weights_rtn
 from mqbench.harness.quant.capture import collect_rows
+from mqbench.harness.quant.kv_cache import kv_cache_steps
 from mqbench.harness.quant.layout import Norm
 from mqbench.harness.quant.method import StepMethod
 from mqbench.harness.quant.options import Option
@@ -98,7 +99,7 @@ def _has_gain(session: Session, norm: Norm) -> bool:
 
 def smoothquant_steps(recipe: Recipe) -> Sequence[Step]:
     """Smooth, round, calibrate."""
-    return (smooth, round_weights_rtn, attach_input_quantizers, calibrate_activations)
+    return (smooth, round_weights_rtn, attach_input_quantizers, calibrate_activations, *kv_cache_steps(recipe))
 
 
 METHOD = StepMethod(
@@ -107,5 +108,5 @@ METHOD = StepMethod(
     summary="activation outliers smoothed into weights, then round-to-nearest",
     steps=smoothquant_steps,
     uses_data=True,
-    options=(*OPTIONS, *calibrate.OPTIONS),
+    options=(*OPTIONS, *calibrate.OPTIONS, *kv_cache.OPTIONS),
 )

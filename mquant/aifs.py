@@ -20,11 +20,12 @@ import torch
 from torch import Tensor, nn
 
 from mqbench.harness.errors import LayoutError
+from mqbench.harness.quant.kv_cache import QUANTIZED_KV_ATTENTION
 from mqbench.harness.quant.layout import Layout
 from mqbench.harness.quant.modality import Hooks, ModalityContext, valid_mask
 from mqbench.harness.quant.session import Session
 
-MASKED_ATTENTION = ("sdpa", "eager")
+MASKED_ATTENTION = ("sdpa", "eager", QUANTIZED_KV_ATTENTION)
 """Attention implementations that take an arbitrary mask."""
 
 

@@ -9,7 +9,8 @@ from torch import nn
 
 from mqbench.baselines import rotation
 from mqbench.baselines.quarot import ROUNDING_OPTIONS, rounding_step
-from mqbench.baselines.rotation import rotation_steps
+from mqbench.baselines.rotation import rotated_kv_steps, rotation_steps
+from mqbench.harness.quant import kv_cache
 from mqbench.harness.quant.calibrate import (
     ACTIVATION_OPTIONS,
     ACTIVATIONS,
@@ -33,7 +34,9 @@ SWITCHES = (
     Option("aifs", True, kind=bool, help="visual tokens run first; it changes no output"),
 )
 STRATEGY = replace(ACTIVATIONS, default=None, help="overrides msq; its own default: modality with msq, tensor without")
-OPTIONS = merge_options(SWITCHES, rotation.OPTIONS, rms.OPTIONS, ROUNDING_OPTIONS, (STRATEGY,), ACTIVATION_OPTIONS)
+OPTIONS = merge_options(
+    SWITCHES, rotation.OPTIONS, rms.OPTIONS, ROUNDING_OPTIONS, (STRATEGY,), ACTIVATION_OPTIONS, kv_cache.OPTIONS
+)
 
 
 def mquant_steps(recipe: Recipe) -> Sequence[Step]:
@@ -54,6 +57,7 @@ def mquant_steps(recipe: Recipe) -> Sequence[Step]:
         rounding_step(recipe),
         attach_msq if on("msq") else attach_input_quantizers,
         calibrate_activations,
+        *rotated_kv_steps(recipe),
         *([reorder_tokens] if on("aifs") else []),
     )
 

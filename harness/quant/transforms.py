@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mqbench.harness.errors import UnknownNameError
+from mqbench.harness.quant.kv_cache import KVQuantizer
 from mqbench.kernels.hadamard import hadamard_transform, padded_size
 
 
@@ -104,7 +105,7 @@ class RMSNorm(nn.Module):
 
 
 MODULES: Mapping[str, type[nn.Module]] = MappingProxyType(
-    {cls.kind: cls for cls in (OnlineHadamard, HeadHadamard, RMSNorm)}
+    {cls.kind: cls for cls in (OnlineHadamard, HeadHadamard, RMSNorm, KVQuantizer)}
 )
 
 
