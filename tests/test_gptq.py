@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -23,6 +24,8 @@ from mqbench.harness.quant.weight import round_to_nearest, weight_scale
 CHANNEL = QuantArgs(4, strategy=Strategy.CHANNEL)
 GROUP = QuantArgs(4, strategy=Strategy.GROUP, group_size=128)
 W8 = QuantArgs(8, strategy=Strategy.CHANNEL)
+RAGGED = QuantArgs(4, strategy=Strategy.GROUP, group_size=80)
+ASYMMETRIC = QuantArgs(4, symmetric=False, strategy=Strategy.GROUP, group_size=128)
 
 Oracle = Callable[[Tensor, Tensor, QuantArgs, Any, bool], Tensor]
 
@@ -80,7 +83,7 @@ def textbook(weight: Tensor, hessian: Tensor, scale: Tensor, args: QuantArgs, pe
 
 
 @pytest.mark.parametrize("act_order", [False, True], ids=["in order", "act-order"])
-@pytest.mark.parametrize("args", [CHANNEL, GROUP, W8], ids=["w4", "w4g128", "w8"])
+@pytest.mark.parametrize("args", [CHANNEL, GROUP, RAGGED, W8], ids=["w4", "w4g128", "w4g80, shorter last", "w8"])
 @pytest.mark.parametrize(("rows", "columns", "dead"), [(48, 128, 0), (40, 384, 3), (64, 512, 1)])
 def test_equals_llmcompressor_bit_for_bit(
     llmcompressor_gptq: Oracle, args: QuantArgs, act_order: bool, rows: int, columns: int, dead: int
@@ -95,9 +98,9 @@ def test_equals_llmcompressor_bit_for_bit(
     assert torch.equal(ours.levels, (expected / grid.scale[:, groups]).round().int())
 
 
-def test_asymmetric_groups_equal_llmcompressor(llmcompressor_gptq: Oracle) -> None:
+@pytest.mark.parametrize("args", [ASYMMETRIC, replace(ASYMMETRIC, group_size=96)], ids=["g128", "g96, shorter last"])
+def test_asymmetric_groups_equal_llmcompressor(llmcompressor_gptq: Oracle, args: QuantArgs) -> None:
     """They round x / s + z, we round x / s and add z: the same but for ties, of which random weights have none."""
-    args = QuantArgs(4, symmetric=False, strategy=Strategy.GROUP, group_size=128)
     # compressed-tensors stores unsigned levels shifted by -8, and the zero point with them.
     weight, hessian = problem(32, 256, seed=5)
     grid = weight_scale(weight, args)

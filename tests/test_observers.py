@@ -57,6 +57,17 @@ def test_percentile_matches_numpy_to_a_bin() -> None:
     assert scale_of("percentile", [rows]) < 0.2 * scale_of("minmax", [rows])
 
 
+@pytest.mark.parametrize("percentile", [0.5, 0.9, 0.999, 1.0])
+def test_percentile_is_an_option(percentile: float) -> None:
+    rows = heavy_tailed()
+    observer = make_observer("percentile", A8, percentile)
+    for batch in rows.split(500):
+        observer.update(batch)
+    expected = np.quantile(rows.abs().numpy(), percentile) / A8.quant_max
+    assert abs(observer.scale().item() - expected) <= 1.5 * 64 / NUM_BINS / A8.quant_max
+    assert make_observer("percentile", A8).percentile == PERCENTILE
+
+
 @pytest.mark.parametrize("num_bits", [4, 8])
 def test_mse_finds_the_best_shrink_of_an_exhaustive_search(num_bits: int) -> None:
     args = QuantArgs(num_bits)

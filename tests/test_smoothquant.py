@@ -70,6 +70,64 @@ def test_factors_are_those_of_a_naive_eq_4() -> None:
                 assert module.bias[j].item() == pytest.approx(bias[j].item() / factor, rel=1e-10)
 
 
+@pytest.mark.parametrize("alpha", [0.25, 0.5, 0.8])
+def test_factors_of_llmcompressor(alpha: float) -> None:
+    """Its ``_calculate_smoothing_scales`` takes the full range max - min of activations and 2 max|W| of weights.
+
+    For a range that is symmetric around 0 its factor is ours times 2^(2 alpha - 1): equal to Eq. 4, to rounding, at
+    alpha = 0.5, a constant factor elsewhere.
+    """
+    from llmcompressor.modifiers.transform.smoothquant import SmoothQuantModifier
+
+    generator = torch.Generator().manual_seed(0)
+    readers = [nn.Linear(24, 8, bias=False), nn.Linear(24, 5, bias=False)]
+    for reader in readers:
+        reader.weight.data = torch.randn(reader.weight.shape, generator=generator, dtype=torch.float64)
+    peak = torch.rand(24, generator=generator, dtype=torch.float64).mul(4).exp()
+    weight_peak = torch.cat([reader.weight for reader in readers]).abs().amax(0).detach()
+    theirs = SmoothQuantModifier(smoothing_strength=alpha)._calculate_smoothing_scales(readers, 2 * peak).detach()
+    ours = smoothing_factors(peak, weight_peak, alpha)
+    torch.testing.assert_close(theirs, ours * 2 ** (2 * alpha - 1), rtol=1e-12, atol=0)
+
+
+def test_llmcompressor_smooths_the_same_model_nearly_alike() -> None:
+    """Its hooks, factors and application on our norms and calibration data, without padding, at alpha = 0.5.
+
+    Close, not equal: per channel its factor is ours times sqrt((max - min) / (2 max|X|)), which is at most 1 and at
+    least sqrt(1/2) where a channel changes sign. That ratio is exact.
+    """
+    from llmcompressor.modifiers.transform.smoothquant.base import SmoothQuantMapping, SmoothQuantModifier
+
+    ours, theirs = session_of(), session_of()
+    for session in (ours, theirs):
+        session.batches = [tiny_batch(session.model, num_images=2, batch_size=1, seed=seed) for seed in range(3)]
+    norms = smoothable_norms(ours)
+    outputs = [norm_outputs(ours, norm) for norm in norms]
+    modifier = SmoothQuantModifier(smoothing_strength=0.5)
+    modifier.scales_ = {}
+    modifier.resolved_mappings_ = [
+        SmoothQuantMapping(
+            norm.name, theirs.model.get_submodule(norm.name), [theirs.linears[name] for name in norm.readers]
+        )
+        for norm in norms
+    ]
+    modifier._setup_scale_hooks()
+    theirs.run_calibration()
+    modifier._apply_smoothing(theirs.model)
+    modifier.remove_hooks()
+    smooth(ours)
+    for norm, rows in zip(norms, outputs, strict=True):
+        low, high = rows.aminmax(dim=0)
+        ratio = ((high - low) / (2 * rows.abs().amax(0))).sqrt()
+        # In float64 but for a floor that it keeps in float32 and that is not reached.
+        gains = [session.model.get_submodule(norm.name).weight for session in (ours, theirs)]
+        torch.testing.assert_close(gains[1] * ratio, gains[0], rtol=1e-9, atol=0)
+        for name in norm.readers:
+            torch.testing.assert_close(
+                theirs.linears[name].weight, ours.linears[name].weight * ratio, rtol=1e-9, atol=1e-15
+            )
+
+
 def test_half_alpha_makes_activation_and_weight_peaks_equal() -> None:
     session = session_of()
     smooth(session)

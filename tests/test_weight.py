@@ -15,6 +15,7 @@ from mqbench.harness.quant.weight import round_to_nearest, store_rounded, weight
 W4 = QuantArgs(4, strategy=Strategy.CHANNEL)
 W4_GROUP = QuantArgs(4, strategy=Strategy.GROUP, group_size=16)
 W4_ASYM = QuantArgs(4, symmetric=False, strategy=Strategy.GROUP, group_size=16)
+W4_RAGGED = QuantArgs(4, strategy=Strategy.GROUP, group_size=24)
 W8 = QuantArgs(8, strategy=Strategy.CHANNEL)
 GRIDS = [W4, W4_GROUP, W4_ASYM, W8]
 
@@ -46,28 +47,43 @@ def naive_group(values: list[float], args: QuantArgs, clip: str) -> list[float]:
 
 
 @pytest.mark.parametrize("clip", ["minmax", "mse"])
-@pytest.mark.parametrize("args", GRIDS, ids=["w4", "w4g16", "w4g16-asym", "w8"])
+@pytest.mark.parametrize("args", [*GRIDS, W4_RAGGED], ids=["w4", "w4g16", "w4g16-asym", "w8", "w4g24, last of 16"])
 def test_equals_the_naive_search(args: QuantArgs, clip: str) -> None:
     weight = random_weight(dtype=torch.float64)
     size = args.group_size or weight.shape[1]
     rounded = round_to_nearest(weight, args, clip)
-    naive = [naive_group(group.tolist(), args, clip) for row in weight for group in row.split(size)]
-    torch.testing.assert_close(
-        rounded.weight.reshape(-1, size), torch.tensor(naive, dtype=torch.float64), rtol=0, atol=1e-12
-    )
+    groups = [row.split(size) for row in weight]
+    naive = [[value for group in row for value in naive_group(group.tolist(), args, clip)] for row in groups]
+    torch.testing.assert_close(rounded.weight, torch.tensor(naive, dtype=torch.float64), rtol=0, atol=1e-12)
 
 
-@given(st.integers(1, 9), st.integers(1, 5), st.integers(2, 8), st.booleans())
+@given(st.integers(1, 9), st.integers(6, 40), st.integers(2, 8), st.booleans(), st.sampled_from(["minmax", "mse"]))
+@settings(deadline=None, max_examples=40)
+def test_a_group_is_rounded_as_if_it_stood_alone(
+    rows: int, columns: int, num_bits: int, symmetric: bool, clip: str
+) -> None:
+    """Whatever the width: the last group has the columns that are left."""
+    args = QuantArgs(num_bits, symmetric=symmetric, strategy=Strategy.GROUP, group_size=8)
+    weight = random_weight(rows, rows, columns, torch.float64)
+    alone = QuantArgs(num_bits, symmetric=symmetric, strategy=Strategy.CHANNEL)
+    groups = [round_to_nearest(group, alone, clip) for group in weight.split(8, dim=1)]
+    rounded = round_to_nearest(weight, args, clip)
+    assert torch.equal(rounded.levels, torch.cat([group.levels for group in groups], dim=1))
+    assert torch.equal(rounded.weight, torch.cat([group.weight for group in groups], dim=1))
+    assert torch.equal(rounded.grid.scale, torch.cat([group.grid.scale for group in groups], dim=1))
+
+
+@given(st.integers(1, 9), st.integers(6, 40), st.integers(2, 8), st.booleans())
 @settings(deadline=None, max_examples=40)
 def test_levels_stay_on_the_grid_and_minmax_errs_at_most_half_a_step(
-    rows: int, groups: int, num_bits: int, symmetric: bool
+    rows: int, columns: int, num_bits: int, symmetric: bool
 ) -> None:
     args = QuantArgs(num_bits, symmetric=symmetric, strategy=Strategy.GROUP, group_size=8)
-    weight = random_weight(rows, rows, 8 * groups, torch.float64)
+    weight = random_weight(rows, rows, columns, torch.float64)
     rounded = round_to_nearest(weight, args)
-    assert rounded.grid.scale.shape == (rows, groups)
+    assert rounded.grid.scale.shape == (rows, (columns + 7) // 8)
     assert rounded.levels.min() >= args.quant_min and rounded.levels.max() <= args.quant_max
-    step = rounded.grid.scale.repeat_interleave(8, dim=1)
+    step = rounded.grid.scale.repeat_interleave(8, dim=1)[:, :columns]
     # A zero point is a whole number, which moves the ends of an asymmetric range by up to half a step more.
     assert ((rounded.weight - weight).abs() <= step * (0.5 if symmetric else 1.0) * (1 + 1e-12)).all()
 
@@ -97,9 +113,40 @@ def test_round_to_nearest_equals_compressed_tensors_bit_for_bit(args: QuantArgs,
     assert torch.equal(rounded.weight, fake_quantize(weight, rounded.grid.scale, zero_point, theirs))
 
 
+@pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
+@pytest.mark.parametrize("num_bits", [3, 4, 8])
+@pytest.mark.parametrize("group_size", [None, 16], ids=["channel", "g16"])
+def test_llmcompressors_own_round_to_nearest(symmetric: bool, num_bits: int, group_size: int | None) -> None:
+    """Their whole path: min-max observer, then compressed-tensors' rounding.
+
+    Asymmetric grids are the same as ours: equal scales, zero points (theirs are 2^(b-1) less, for signed levels) and
+    dequantized weights, bit for bit. Symmetric scales differ by design: ours is max|w| / (2^(b-1) - 1) (Eq. 2), theirs
+    max|w| / (2^(b-1) - 1/2). Given our scale, their rounding is ours (the test above).
+    """
+    from compressed_tensors.quantization import QuantizationArgs, fake_quantize
+    from llmcompressor.observers import Observer
+
+    strategy = Strategy.CHANNEL if group_size is None else Strategy.GROUP
+    args = QuantArgs(num_bits, symmetric=symmetric, strategy=strategy, group_size=group_size)
+    theirs = QuantizationArgs(num_bits=num_bits, symmetric=symmetric, strategy=strategy.value, group_size=group_size)
+    weight = random_weight(4)
+    observer = Observer.load_from_registry("memoryless_minmax", base_name="weight", args=theirs)
+    found = observer(weight).get_qparams()
+    scale, zero_point = found["scale"], found["zero_point"]
+    ours = round_to_nearest(weight, args)
+    if symmetric:
+        steps = 2 ** (num_bits - 1) - 0.5
+        torch.testing.assert_close(scale * steps, ours.grid.scale * args.quant_max, rtol=1e-6, atol=0)
+        assert not zero_point.any()
+        return
+    assert torch.equal(scale, ours.grid.scale)
+    assert torch.equal(zero_point.float() + 2 ** (num_bits - 1), ours.grid.zero_point)
+    assert torch.equal(fake_quantize(weight, scale, zero_point, theirs), ours.weight)
+
+
 def test_a_zero_row_stays_zero() -> None:
     weight = torch.zeros(2, 16)
-    for args in (W4, W4_ASYM):
+    for args in (W4, W4_ASYM, W4_RAGGED):
         rounded = round_to_nearest(weight, args, "mse")
         assert torch.equal(rounded.weight, weight) and (rounded.grid.scale == 1).all()
 
