@@ -60,5 +60,13 @@ class TableError(MQBenchError):
     """Records that cannot stand in one table, or a table that is not described."""
 
 
+class FigureError(MQBenchError):
+    """A figure that is not described, or whose records are missing."""
+
+
+class GateError(MQBenchError):
+    """Records that ``mqbench gate`` cannot compare."""
+
+
 class RequestError(MQBenchError):
     """Options that make no sense, alone or together, or that this machine cannot serve."""

@@ -87,9 +87,9 @@ OTHERS = (
     TaskInfo(
         "activation_ranges",
         "activation ranges",
-        "median of visual over text range",
+        "visual over text peak at the last linear's input, median over LLM blocks",
         TaskKind.PROBE,
-        Needs.ANY,
+        Needs.MULTIMODAL,
         uses_calibration=True,
     ),
     TaskInfo("eq9", "Eq. 9", "% of blocks that satisfy Eq. 9", TaskKind.PROBE, Needs.ANY, runs_on_float=False),
