@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from mqbench.harness.errors import MQBenchError, RequestError
+from mqbench.harness.gate_command import gate
 from mqbench.harness.store import DEFAULT_OUT, DamagedLineWarning
 
 EXIT_FAILED_CELLS = 1
@@ -27,6 +28,10 @@ app = typer.Typer(
     help="Quantize multimodal LLMs and measure what it costs.\n\n"
     "Start with [bold]mqbench eval[/]: it prints the MQuant paper's Table 3 for every model that is ready.",
 )
+
+paper = typer.Typer(no_args_is_help=True, help="The paper's own numbers: do they follow from each other?")
+app.add_typer(paper, name="paper")
+app.command()(gate)
 
 ModelsDir = Annotated[
     Path | None, typer.Option(help="Folder with real weights, one folder per model name (see 'mqbench models').")
@@ -160,14 +165,19 @@ def run(
 
 @app.command()
 def table(
-    number: Annotated[int, typer.Argument(help="Number of the paper's table.")],
+    number: Annotated[str, typer.Argument(help="Number of the paper's table, or all.")],
     style: Annotated[str, typer.Option("--format", help="terminal, md, tex or csv.")] = "terminal",
-    out: Annotated[Path, typer.Option(help="Folder of records.jsonl.")] = DEFAULT_OUT,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of records.jsonl; by default runs, and the shipped records for all.")
+    ] = None,
     where: Annotated[
-        list[str] | None, typer.Option(help="NAME=VALUE, repeatable: use only records with this setting.")
+        list[str] | None, typer.Option(help="NAME=VALUE, repeatable: use only records with this setting; or NAME=any.")
+    ] = None,
+    render: Annotated[
+        Path | None, typer.Option(help="Folder for all tables; by default 'rendered' beside the records' folder.")
     ] = None,
 ) -> None:
-    """Print a table from stored records; no model runs.
+    """Print a table from stored records, or render all of them as files; no model runs.
 
     Examples:
 
@@ -176,15 +186,78 @@ def table(
       mqbench table 3 --format tex --out results/records
 
       mqbench table 3 --where limit=none --where recipe.seed=0
-    """
-    from mqbench.harness.commands import print_table
 
-    print_table(number, style, out, where or [])
+      mqbench table all --render tables
+    """
+    from mqbench.harness.commands import terminal_width
+    from mqbench.harness.table_commands import run_table
+
+    run_table(number, style, out, where or [], render, terminal_width())
 
 
 @app.command()
-def models(models_dir: ModelsDir = None) -> None:
-    """List the known models: ready, or how to get their weights."""
+def figure(
+    number: Annotated[str, typer.Argument(help="Number of the paper's figure, or all.")],
+    style: Annotated[
+        str | None, typer.Option("--format", help="png, svg or pdf; by default png and svg. csv prints the data.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of records.jsonl; by default runs, and the shipped records for all.")
+    ] = None,
+    where: Annotated[
+        list[str] | None, typer.Option(help="NAME=VALUE, repeatable: use only records with this setting; or NAME=any.")
+    ] = None,
+    render: Annotated[
+        Path | None, typer.Option(help="Folder for the files; by default 'rendered' beside the records' folder.")
+    ] = None,
+) -> None:
+    """Draw a figure from stored records, with its data (csv) and caption (txt); no model runs.
+
+    Examples:
+
+      mqbench figure 6 --out results/records --render figures
+
+      mqbench figure 1 --format pdf
+
+      mqbench figure all
+    """
+    from mqbench.harness.figure_commands import run_figure
+
+    run_figure(number, style, out, where or [], render)
+
+
+@paper.command("check")
+def check(
+    style: Annotated[str, typer.Option("--format", help="terminal, md, tex or csv.")] = "terminal",
+    everything: Annotated[bool, typer.Option("--all", help="Also the numbers that follow.")] = False,
+) -> None:
+    """List the paper's derived numbers that do not follow from the numbers beside them.
+
+    What must follow from what stands in results/paper/rules.toml (columns) and claims.csv (text).
+    """
+    from mqbench.harness.commands import terminal_width
+    from mqbench.harness.table_commands import run_paper_check
+
+    run_paper_check(style, everything, terminal_width())
+
+
+@app.command()
+def models(
+    models_dir: ModelsDir = None,
+    size: Annotated[bool, typer.Option("--size", help="Parameters and FLOPs of the paper's models instead.")] = False,
+) -> None:
+    """List the known models: ready, or how to get their weights; or the size of the paper's models, per part.
+
+    Examples:
+
+      mqbench models
+
+      mqbench models --size
+    """
+    if size:
+        from mqbench.harness.blueprint_records import list_sizes
+
+        return list_sizes()
     from mqbench.harness.listing import list_models
 
     list_models(models_dir)

@@ -20,7 +20,6 @@ from mqbench.harness.progress import ProgressView, duration_text
 from mqbench.harness.record import Record
 from mqbench.harness.request import Request
 from mqbench.harness.run import Outcome, run_plan
-from mqbench.harness.select import parse_filters
 from mqbench.harness.store import RecordStore
 from mqbench.harness.table import load_spec, render, without_choice
 from mqbench.harness.tasks import TaskKind, task_info
@@ -61,17 +60,6 @@ def run_plan_file(path: Path, base: Request, *, as_json: bool, dry_run: bool) ->
     fine = _run_and_print(plan, as_json=as_json, dry_run=dry_run, table=False)
     Console(stderr=True).print(f"render them: mqbench table all --out {base.out}", markup=False, highlight=False)
     return fine
-
-
-def print_table(number: int, style: str, out: Path, where: Sequence[str]) -> None:
-    """Renders stored records.
-
-    Raises:
-        TableError: there is no such table, or the records do not fit into one.
-    """
-    spec = load_spec(number)
-    records = RecordStore(out).load()
-    sys.stdout.write(render(records, spec, style, parse_filters(where), terminal_width()))
 
 
 def run_quantize(request: Request, folder: Path) -> None:

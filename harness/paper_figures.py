@@ -26,7 +26,8 @@ def paper_lines(name: str, folder: Path = PAPER) -> tuple[Line, ...]:
     """
     path = folder / name
     if not path.is_file():
-        raise TableError(f"no file results/paper/{name}; known: {', '.join(sorted(p.name for p in folder.glob('*.csv')))}")
+        known = ", ".join(sorted(found.name for found in folder.glob("*.csv")))
+        raise TableError(f"no file results/paper/{name}; known: {known}")
     with path.open(encoding="utf-8", newline="") as stream:
         return tuple(csv.DictReader(stream))
 

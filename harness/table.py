@@ -5,7 +5,6 @@ Rendering never runs a model. A value that was not measured prints as a dash, ne
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,18 +13,15 @@ from mqbench.harness import table_formats
 from mqbench.harness.errors import TableError
 from mqbench.harness.paper_figures import Line, find_line, paper_lines
 from mqbench.harness.record import Record
-from mqbench.harness.select import FLOAT_METHOD, check_scopes, passes, select, settings_of, shown, the_only
-from mqbench.harness.sources import FOLDER_MARK
+from mqbench.harness.select import FLOAT_METHOD, check_scopes, select
 from mqbench.harness.table_caption import caption
 from mqbench.harness.table_formulas import FORMULAS, Figures
-from mqbench.harness.table_spec import MODEL, Column, RowSpec, TableSpec, load_spec, spec_numbers, without_choice
+from mqbench.harness.table_places import Place, base_model, find_places
+from mqbench.harness.table_spec import Column, TableSpec, load_spec, spec_numbers, without_choice
 
-__all__ = ["Entry", "Frame", "Row", "build", "load_spec", "render", "spec_numbers", "without_choice"]
+__all__ = ["Entry", "Frame", "Row", "build", "load_spec", "paper_lines", "render", "spec_numbers", "without_choice"]
 
-NO_MODEL = "-"
 SCORE = "score"
-FLOAT_BITS = "float/float"
-SETTING_IN_LABEL = re.compile(r"\{([^{}]+)\}")
 
 
 @dataclass(frozen=True)
@@ -53,22 +49,14 @@ class Frame:
     caption: str
 
 
-@dataclass(frozen=True)
-class Place:
-    """One row before its figures are computed: a record or None per column, and what names the paper's row."""
-
-    labels: tuple[str, ...]
-    model: str
-    records: tuple[Record | None, ...]
-    paper: Mapping[str, str]
-
-
 def render(
     records: Iterable[Record],
     spec: TableSpec,
     style: str = "terminal",
     filters: Mapping[str, Any] | None = None,
     width: int = 120,
+    *,
+    may_be_empty: bool = False,
 ) -> str:
     """The table as text.
 
@@ -78,17 +66,24 @@ def render(
         style: ``terminal``, ``md``, ``tex`` or ``csv``.
         filters: In addition to the specification's, and in place of those of the same name.
         width: Columns of the terminal.
+        may_be_empty: Where there is no record at all, show the paper's rows instead of an error.
 
     Raises:
         TableError: unknown style, no record to show, or records with different settings.
     """
     if style not in table_formats.FORMATS:
         raise TableError(f"unknown format '{style}'; known: {', '.join(table_formats.FORMATS)}")
-    return table_formats.FORMATS[style](build(records, spec, filters or {}), width)
+    return table_formats.FORMATS[style](build(records, spec, filters or {}, may_be_empty=may_be_empty), width)
 
 
-def build(records: Iterable[Record], spec: TableSpec, filters: Mapping[str, Any] | None = None) -> Frame:
-    """Selects, arranges and computes.
+def build(
+    records: Iterable[Record],
+    spec: TableSpec,
+    filters: Mapping[str, Any] | None = None,
+    *,
+    may_be_empty: bool = False,
+) -> Frame:
+    """Selects, arranges and computes; the arguments are those of ``render``.
 
     Raises:
         TableError: no record to show where rows come from records, or records with different settings.
@@ -96,91 +91,24 @@ def build(records: Iterable[Record], spec: TableSpec, filters: Mapping[str, Any]
     wanted = {**spec.filters, **(filters or {})}
     chosen = select(records, wanted, prefer=spec.prefer, tasks=spec.tasks)
     floats = {(record.cell.model, record.cell.task): record for record in chosen if _is_float(record)}
-    places = _listed(chosen, spec) if spec.row else _combined(chosen, spec)
-    used = {record.cell.key: record for place in places for record in place.records if record is not None}
-    models = {place.model for place in places}
-    used |= {record.cell.key: record for (model, _), record in floats.items() if model in models}
-    shown_records = [record for record in chosen if record.cell.key in used]
-    check_scopes(shown_records, spec.varying)
+    places = find_places(chosen, spec, may_be_empty=may_be_empty)
     if not places:
         raise TableError(
             f"no ok record for table {spec.number}; run 'mqbench eval' first, or give its folder with --out"
         )
+    in_table = _records_of(places, floats)
+    check_scopes(in_table, spec.varying)
     rows = tuple(_row(spec, place, floats) for place in places)
     has_delta = any(entry.delta is not None for row in rows for entry in row.entries)
-    return Frame(spec, rows, caption(shown_records, spec, has_delta))
+    return Frame(spec, rows, caption(in_table, spec, has_delta))
 
 
-def base_model(name: str) -> str:
-    """``standin-qwen2-vl`` also for the quantized folder ``standin-qwen2-vl@FOLDER``."""
-    return name.partition(FOLDER_MARK)[0]
-
-
-def _combined(records: Sequence[Record], spec: TableSpec) -> list[Place]:
-    """Rows made from settings: every combination that has a record, and the paper's if wanted."""
-    groups: dict[tuple[str, ...], list[Record]] = {}
-    for record in records:
-        settings = settings_of(record)
-        labels = tuple(shown(settings.get(name, NO_MODEL)) for name in spec.settings)
-        groups.setdefault(labels, []).append(record)
-    places = []
-    for labels, group in groups.items():
-        found = tuple(_find(group, column, {}) for column in spec.columns)
-        if any(found):
-            places.append(Place(labels, group[0].cell.model, found, _paper_key(spec, group[0])))
-    return sorted(places + _unmeasured(spec, places), key=lambda place: _sort_key(place.labels, spec))
-
-
-def _unmeasured(spec: TableSpec, places: Sequence[Place]) -> list[Place]:
-    """Rows of the paper that nothing was measured for."""
-    known = {tuple(sorted(place.paper.items())) for place in places}
-    missing: dict[tuple[str, ...], Place] = {}
-    columns = {setting: column for column, setting in spec.paper_key.items()}
-    for line in paper_lines(spec.paper) if spec.paper_rows else ():
-        key = {column: line[column] for column in spec.paper_key}
-        labels = tuple(line[columns[name]] if name in columns else NO_MODEL for name in spec.settings)
-        if tuple(sorted(key.items())) not in known:
-            missing[labels] = Place(labels, NO_MODEL, (None,) * len(spec.columns), key)
-    return list(missing.values())
-
-
-def _listed(records: Sequence[Record], spec: TableSpec) -> list[Place]:
-    """Rows as listed, once for every model that has a record for any of them."""
-    places = []
-    for model in sorted({record.cell.model for record in records}):
-        own = [record for record in records if record.cell.model == model]
-        body = [_listed_place(own, row, spec, model) for row in spec.row]
-        if any(record for place in body for record in place.records):
-            places += body
-    return places or [_listed_place([], row, spec, NO_MODEL) for row in spec.row]
-
-
-def _listed_place(records: Sequence[Record], row: RowSpec, spec: TableSpec, model: str) -> Place:
-    found = tuple(_find(records, column, row.conditions) if row.where else None for column in spec.columns)
-    record = next(filter(None, found), None)
-    settings = {"bits": FLOAT_BITS} if row.where.get("method") == FLOAT_METHOD else {}
-    settings |= {name: shown(_first(value)) for name, value in row.where.items()}
-    if record is not None:
-        settings |= {name: shown(value) for name, value in settings_of(record).items()}
-    labels = (model, *(_filled(label, settings, spec) for label in row.labels))
-    return Place(labels, model, found, row.paper)
-
-
-def _find(records: Sequence[Record], column: Column, conditions: Mapping[str, Any]) -> Record | None:
-    """The record that belongs where a row and a column meet."""
-    if not column.task:
-        return None
-    wanted = _merged(conditions, column.where)
-    fitting = [record for record in records if record.cell.task == column.task]
-    return the_only([record for record in fitting if passes(settings_of(record), wanted)])
-
-
-def _merged(row: Mapping[str, Any], column: Mapping[str, Any]) -> dict[str, Any]:
-    """Conditions of both; recipe options of a row and a column add up."""
-    both = {**row, **column}
-    if "options" in row and "options" in column:
-        both["options"] = {**row["options"], **column["options"]}
-    return both
+def _records_of(places: Sequence[Place], floats: Mapping[tuple[str, str], Record]) -> list[Record]:
+    """What the places show, and the float baselines behind their deltas; each once."""
+    models = {base_model(place.model) for place in places}
+    shown_here = [record for place in places for record in place.records if record is not None]
+    baselines = [record for (model, _), record in floats.items() if model in models]
+    return list({record.cell.key: record for record in (*shown_here, *baselines)}.values())
 
 
 def _row(spec: TableSpec, place: Place, floats: Mapping[tuple[str, str], Record]) -> Row:
@@ -228,11 +156,6 @@ def _paper_line(spec: TableSpec, place: Place, column: Column) -> Line | None:
     return line
 
 
-def _paper_key(spec: TableSpec, record: Record) -> dict[str, str]:
-    settings = {**settings_of(record), MODEL: base_model(record.cell.model)}
-    return {column: shown(settings.get(name, "")) for column, name in spec.paper_key.items()}
-
-
 def _value(record: Record, column: Column, spec: TableSpec) -> float | None:
     """The figure of a record that a column shows, on the printed scale; None where this record lacks the metric.
 
@@ -251,30 +174,6 @@ def _value(record: Record, column: Column, spec: TableSpec) -> float | None:
 
 def _metric(column: Column, spec: TableSpec) -> str:
     return column.metric or spec.value
-
-
-def _sort_key(labels: tuple[str, ...], spec: TableSpec) -> tuple[tuple[int, str], ...]:
-    key = []
-    for name, label in zip(spec.rows, labels, strict=True):
-        order = list(spec.order.get(name, ()))
-        key.append((order.index(label) if label in order else len(order), label))
-    return tuple(key)
-
-
-def _filled(label: str, settings: Mapping[str, str], spec: TableSpec) -> str:
-    """``{bits}`` replaced by the setting.
-
-    Raises:
-        TableError: there is no such setting.
-    """
-    lost = [name for name in SETTING_IN_LABEL.findall(label) if name not in settings]
-    if lost:
-        raise TableError(f"table {spec.number}: label '{label}' names no setting of its row; it has: {', '.join(settings)}")
-    return SETTING_IN_LABEL.sub(lambda match: settings[match[1]], label)
-
-
-def _first(value: Any) -> Any:
-    return value[0] if isinstance(value, list) else value
 
 
 def _is_float(record: Record) -> bool:

@@ -85,10 +85,11 @@ def to_markdown(frame: Frame, width: int = 0) -> str:
 def to_latex(frame: Frame, width: int = 0) -> str:
     """A ``table`` environment with booktabs rules."""
     columns = frame.spec.columns
+    alignment = "l" * len(frame.spec.rows) + "".join("l" if column.text else "r" for column in columns)
     lines = [
         r"\begin{table}",
         rf"\caption{{{_tex(frame.caption.removeprefix(f'Table {frame.spec.number}. '))}}}",  # LaTeX numbers it
-        rf"\begin{{tabular}}{{{'l' * len(frame.spec.rows)}{''.join('l' if column.text else 'r' for column in columns)}}}",
+        rf"\begin{{tabular}}{{{alignment}}}",
         r"\toprule",
         _tex_line([*frame.spec.rows, *(column.header for column in columns)]),
         r"\midrule",

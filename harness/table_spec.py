@@ -104,6 +104,8 @@ class TableSpec:
         paper_rows: Show rows of the paper that nothing was measured for, too.
         paper_model: Whose figures the paper gives, where its file does not say.
         note: A sentence for the caption.
+        group_labels: Leading labels that are printed once for rows that share them; by default the model where rows
+            are listed, all but the last elsewhere.
     """
 
     number: int
@@ -121,6 +123,7 @@ class TableSpec:
     paper_rows: bool = False
     paper_model: str = ""
     note: str = ""
+    group_labels: int | None = None
 
     @property
     def tasks(self) -> frozenset[str]:
@@ -134,12 +137,15 @@ class TableSpec:
     @property
     def varying(self) -> frozenset[str]:
         """Settings that may differ between the places of the table."""
-        named = {name for part in (*self.row, *self.columns) for name in part.where}
+        conditions = [row.where for row in self.row] + [column.where for column in self.columns]
+        named = {name for where in conditions for name in where}
         return frozenset(named) | frozenset(self.varies) | (frozenset() if self.row else frozenset(self.settings))
 
     @property
     def num_group_labels(self) -> int:
         """How many leading labels make rows stand together."""
+        if self.group_labels is not None:
+            return self.group_labels
         return 1 if self.row else len(self.rows) - 1
 
 

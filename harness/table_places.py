@@ -1,0 +1,157 @@
+"""Which record stands where in a table: rows made from settings, or rows as a specification lists them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from mqbench.harness.errors import TableError
+from mqbench.harness.paper_figures import Line, paper_lines, spelled
+from mqbench.harness.record import Record
+from mqbench.harness.select import FLOAT_METHOD, passes, settings_of, shown, the_only
+from mqbench.harness.sources import FOLDER_MARK
+from mqbench.harness.table_spec import MODEL, Column, RowSpec, TableSpec
+
+NO_MODEL = "-"
+FLOAT_BITS = "float/float"
+SETTING_IN_LABEL = re.compile(r"\{([^{}]+)\}")
+
+
+@dataclass(frozen=True)
+class Place:
+    """One row before its figures are computed: a record or None per column, and what names the paper's row."""
+
+    labels: tuple[str, ...]
+    model: str
+    records: tuple[Record | None, ...]
+    paper: Mapping[str, str]
+
+
+def find_places(records: Sequence[Record], spec: TableSpec, *, may_be_empty: bool = False) -> list[Place]:
+    """The rows of a table in printing order, each with its records.
+
+    Args:
+        records: Those that may be shown.
+        spec: The table.
+        may_be_empty: Where nothing fits, the paper's rows.
+
+    Raises:
+        TableError: two records fit into one place.
+    """
+    if spec.row:
+        return _listed(records, spec)
+    places = _combined(records, spec)
+    if spec.paper_rows or (may_be_empty and not places):
+        places += _unmeasured(spec, places)
+    return sorted(places, key=lambda place: _sort_key(place.labels, spec))
+
+
+def base_model(name: str) -> str:
+    """``standin-qwen2-vl`` also for the quantized folder ``standin-qwen2-vl@FOLDER``."""
+    return name.partition(FOLDER_MARK)[0]
+
+
+def _combined(records: Sequence[Record], spec: TableSpec) -> list[Place]:
+    """Rows made from settings: every combination that has a record, and the paper's if wanted."""
+    groups: dict[tuple[str, ...], list[Record]] = {}
+    for record in records:
+        settings = settings_of(record)
+        labels = tuple(shown(settings.get(name, NO_MODEL)) for name in spec.settings)
+        groups.setdefault(labels, []).append(record)
+    places = []
+    for labels, group in groups.items():
+        found = tuple(_find(group, column, {}) for column in spec.columns)
+        if any(found):
+            places.append(Place(labels, group[0].cell.model, found, _paper_key(spec, group[0])))
+    return places
+
+
+def _unmeasured(spec: TableSpec, places: Sequence[Place]) -> list[Place]:
+    """Rows of the paper that nothing was measured for."""
+    known = {tuple(sorted(place.paper.items())) for place in places}
+    missing: dict[tuple[str, ...], Place] = {}
+    columns = {setting: column for column, setting in spec.paper_key.items()}
+    for line in paper_lines(spec.paper) if spec.paper_key else ():
+        key = {column: line[column] for column in spec.paper_key}
+        labels = tuple(_paper_label(line, columns, name) for name in spec.settings)
+        if tuple(sorted(key.items())) not in known:
+            missing[labels] = Place(labels, NO_MODEL, (None,) * len(spec.columns), key)
+    return list(missing.values())
+
+
+def _paper_label(line: Line, columns: Mapping[str, str], setting: str) -> str:
+    """What the paper's row says of a setting, in our spelling; a dash where it says nothing."""
+    if setting == "bits" and {"recipe.vision", "recipe.text"} <= columns.keys():
+        return "/".join(spelled(line[columns[part]]) for part in ("recipe.vision", "recipe.text"))
+    return line[columns[setting]] if setting in columns else NO_MODEL
+
+
+def _listed(records: Sequence[Record], spec: TableSpec) -> list[Place]:
+    """Rows as listed, once for every model that has a record for any of them."""
+    places = []
+    for model in sorted({record.cell.model for record in records}):
+        own = [record for record in records if record.cell.model == model]
+        body = [_listed_place(own, row, spec, model) for row in spec.row]
+        if any(record for place in body for record in place.records):
+            places += body
+    return places or [_listed_place([], row, spec, NO_MODEL) for row in spec.row]
+
+
+def _listed_place(records: Sequence[Record], row: RowSpec, spec: TableSpec, model: str) -> Place:
+    found = tuple(_find(records, column, row.conditions) if row.where else None for column in spec.columns)
+    record = next(filter(None, found), None)
+    settings = {"bits": FLOAT_BITS} if row.where.get("method") == FLOAT_METHOD else {}
+    settings |= {name: shown(_first(value)) for name, value in row.where.items()}
+    if record is not None:
+        settings |= {name: shown(value) for name, value in settings_of(record).items()}
+    labels = (model, *(_filled(label, settings, spec) for label in row.labels))
+    return Place(labels, model, found, row.paper)
+
+
+def _find(records: Sequence[Record], column: Column, conditions: Mapping[str, Any]) -> Record | None:
+    """The record that belongs where a row and a column meet."""
+    if not column.task:
+        return None
+    wanted = _merged(conditions, column.where)
+    fitting = [record for record in records if record.cell.task == column.task]
+    return the_only([record for record in fitting if passes(settings_of(record), wanted)])
+
+
+def _merged(row: Mapping[str, Any], column: Mapping[str, Any]) -> dict[str, Any]:
+    """Conditions of both; recipe options of a row and a column add up."""
+    both = {**row, **column}
+    if "options" in row and "options" in column:
+        both["options"] = {**row["options"], **column["options"]}
+    return both
+
+
+def _paper_key(spec: TableSpec, record: Record) -> dict[str, str]:
+    settings = {**settings_of(record), MODEL: base_model(record.cell.model)}
+    return {column: shown(settings.get(name, "")) for column, name in spec.paper_key.items()}
+
+
+def _sort_key(labels: tuple[str, ...], spec: TableSpec) -> tuple[tuple[int, str], ...]:
+    key = []
+    for name, label in zip(spec.rows, labels, strict=True):
+        order = list(spec.order.get(name, ()))
+        key.append((order.index(label) if label in order else len(order), label))
+    return tuple(key)
+
+
+def _filled(label: str, settings: Mapping[str, str], spec: TableSpec) -> str:
+    """``{bits}`` replaced by the setting.
+
+    Raises:
+        TableError: there is no such setting.
+    """
+    lost = [name for name in SETTING_IN_LABEL.findall(label) if name not in settings]
+    if lost:
+        known = ", ".join(sorted(settings))
+        raise TableError(f"table {spec.number}: label '{label}' names no setting of its row; it has: {known}")
+    return SETTING_IN_LABEL.sub(lambda match: settings[match[1]], label)
+
+
+def _first(value: Any) -> Any:
+    return value[0] if isinstance(value, list) else value
