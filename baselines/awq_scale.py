@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from mqbench.baselines.gptq import input_hessian
-from mqbench.harness.errors import NonFiniteError
+from mqbench.harness.errors import CalibrationError, NonFiniteError
 from mqbench.harness.quant.capture import (
     Call,
     OnRows,
@@ -69,7 +69,7 @@ class Choice:
     Attributes:
         factors: (in_features,) the best s.
         position: Its place among the candidates.
-        errors: The error of every candidate; comparable within one search only.
+        errors: For every candidate: mean over rows of the squared distance that the output moves.
     """
 
     factors: Tensor
@@ -209,21 +209,21 @@ def divide_source(session: Session, group: ScalingGroup, factors: Tensor) -> Non
 
 
 def _linear_error(linear: QuantLinear, replay: Replay) -> tuple[Tensor, ErrorOf]:
-    """mean|X| of one linear, and its squared output error through X^T X: no row is kept."""
-    magnitude = _MeanMagnitude()
+    """mean|X| of one linear, and its output error through X^T X: no row is kept."""
+    magnitude = _MeanMagnitude(linear.name)
     hessian = input_hessian(partial(_tee, replay, magnitude.add), linear.name)
     before = linear.weight.detach().to(hessian.dtype)
 
     def error_of(rounded: Sequence[Tensor]) -> float:
         change = rounded[0].to(hessian.dtype) - before
-        return ((change @ hessian) * change).sum().item()
+        return ((change @ hessian) * change).sum().item() / 2
 
     return magnitude.mean, error_of
 
 
 def _part_error(session: Session, group: ScalingGroup, part: str, calls: Sequence[Call]) -> tuple[Tensor, ErrorOf]:
-    """mean|X| of a group, and the squared error of its part's output over all rows that are not padding."""
-    magnitude = _MeanMagnitude()
+    """mean|X| of a group, and the error of its part's output over all rows that are not padding."""
+    magnitude = _MeanMagnitude(group.readers[0])
     is_text = session.part(group.readers[0]) is Part.TEXT
 
     def outputs() -> Iterator[Tensor]:
@@ -239,7 +239,7 @@ def _part_error(session: Session, group: ScalingGroup, part: str, calls: Sequenc
             for rows, reference in zip(outputs(), expected, strict=True):
                 total += (rows - reference).square().sum(dtype=torch.float64)
         session.context.clear()
-        return total.item()
+        return total.item() / magnitude.num_rows
 
     return magnitude.mean, error_of
 
@@ -267,7 +267,8 @@ def replaced_weights(linears: Sequence[QuantLinear], weights: Sequence[Tensor]) 
 class _MeanMagnitude:
     """mean|X| of each channel over rows that come in parts."""
 
-    def __init__(self) -> None:
+    def __init__(self, name: str) -> None:
+        self.name = name
         self.total: Tensor | float = 0.0
         self.num_rows = 0
 
@@ -277,7 +278,9 @@ class _MeanMagnitude:
 
     @property
     def mean(self) -> Tensor:
-        return torch.as_tensor(self.total / self.num_rows)
+        if not isinstance(self.total, Tensor):
+            raise CalibrationError(f"no calibration sample reaches '{self.name}'; add samples with images")
+        return self.total / self.num_rows
 
 
 def _tee(replay: Replay, first: OnRows, second: OnRows) -> None:
