@@ -79,11 +79,9 @@ def _read_lines(path: Path) -> list[str]:
 
 
 def _read_parquet(path: Path) -> list[str]:
-    try:
-        import pyarrow
-        from pyarrow.parquet import read_table
-    except ImportError:
-        raise DatasetError(f"{path}: parquet needs pyarrow; install it, or put the .raw file there instead") from None
+    import pyarrow
+    from pyarrow.parquet import read_table
+
     try:
         rows = read_table(path, columns=["text"])["text"].to_pylist()
     except (OSError, KeyError, pyarrow.ArrowException) as error:

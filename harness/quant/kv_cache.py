@@ -9,6 +9,9 @@ The LLM's attention runs under the name ``QUANTIZED_KV_ATTENTION``: SDPA with it
 attention module. The cache of this simulation holds keys and values before rounding, and attention rounds a copy of all
 that it reads. So nothing is rounded twice; since a vector's grid depends on that vector alone, a token's key reads the
 same in every step, as if it had been rounded once when it was written.
+
+Keys are rounded behind their rotary embedding, so unlike the float model's, outputs depend on absolute positions: who
+pads on the left passes ``position_ids`` that count from each row's first token, as ``generate`` does.
 """
 
 from __future__ import annotations
