@@ -162,7 +162,7 @@ def _groups_of(
     reads = {info: inputs.task(info, source) for info in infos}
 
     def group(recipe: Recipe, version: str, calibration: CalibrationInfo | None) -> Group:
-        fitting = {info: read for info, read in reads.items() if info.runs_on_float or recipe.method != FLOAT_METHOD}
+        fitting = {info: read for info, read in reads.items() if info.fits(recipe.method == FLOAT_METHOD)}
         cells = tuple(
             _cell(source, recipe, version, calibration, info, read, wanted) for info, read in fitting.items()
         )

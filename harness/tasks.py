@@ -48,6 +48,7 @@ class TaskInfo:
         higher_is_better: Direction of the score.
         uses_calibration: A probe that reads the calibration samples whatever the recipe.
         runs_on_float: Not only on quantized models.
+        runs_on_quantized: Not only on the float model.
     """
 
     name: str
@@ -58,6 +59,11 @@ class TaskInfo:
     higher_is_better: bool = True
     uses_calibration: bool = False
     runs_on_float: bool = True
+    runs_on_quantized: bool = True
+
+    def fits(self, is_float: bool) -> bool:
+        """Whether it runs on the float model, or on a quantized one."""
+        return self.runs_on_float if is_float else self.runs_on_quantized
 
 
 @dataclass(frozen=True)
@@ -93,7 +99,14 @@ OTHERS = (
         uses_calibration=True,
     ),
     TaskInfo("eq9", "Eq. 9", "% of blocks that satisfy Eq. 9", TaskKind.PROBE, Needs.ANY, runs_on_float=False),
-    TaskInfo("weight_distribution", "weights", "median peak ratio without and with RMS", TaskKind.PROBE, Needs.ANY),
+    TaskInfo(
+        "weight_distribution",
+        "weights",
+        "median peak ratio without and with RMS",
+        TaskKind.PROBE,
+        Needs.ANY,
+        runs_on_quantized=False,
+    ),
     TaskInfo("model_size", "model size", "parameters, 10^9", TaskKind.BLUEPRINT, Needs.ANY),
     TaskInfo("visual_tokens", "visual tokens", "tokens", TaskKind.BLUEPRINT, Needs.ANY),
 )
