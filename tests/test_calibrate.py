@@ -71,6 +71,90 @@ def test_modality_scales_are_separate_in_the_llm_only() -> None:
             assert scales == {"tensor": pytest.approx(text / 127)}
 
 
+@pytest.mark.parametrize("strategy", ["tensor", "modality", "token"])
+@pytest.mark.parametrize("tokens", ["visual", "text"])
+def test_other_tokens_stay_in_floating_point(tokens: str, strategy: str) -> None:
+    """In the LLM: the other modality's rows pass unchanged and widen no shared scale. Elsewhere all is rounded."""
+    session = session_of(activations=strategy, quantize_tokens=tokens)
+    peaks = naive_peaks(session)
+    attach_input_quantizers(session)
+    calibrate_activations(session)
+    batch = session.batches[0]
+    visual = batch["input_ids"] == session.layout.image_token_id
+    rounded = visual if tokens == "visual" else ~visual
+    for name, (x, y) in inputs_and_outputs(session, batch).items():
+        quantizer = session.linears[name].input_quantizer
+        if session.part(name) is not Part.TEXT:
+            assert quantizer.tokens == "all" and not torch.equal(x, y)
+            continue
+        assert torch.equal(x[~rounded], y[~rounded]), name
+        assert not torch.equal(x[rounded], y[rounded]), name
+        if strategy == "tensor":
+            assert quantizer.scale.item() == pytest.approx(peaks[name][tokens == "visual"] / 127, rel=1e-12)
+            assert torch.equal(y[rounded], fake_quantize(x[rounded], quantizer.scale[0], quantizer.args))
+
+
+@pytest.mark.parametrize("strategy", ["tensor", "token"])
+def test_a_chunk_of_text_is_all_of_one_modality(strategy: str) -> None:
+    """Decoding: nothing is rounded under ``visual``, everything under ``text``."""
+    for tokens in ("visual", "text"):
+        session = session_of(activations=strategy, quantize_tokens=tokens)
+        attach_input_quantizers(session)
+        calibrate_activations(session)
+        batch = tiny_batch(session.model, num_images=0)
+        for name, (x, y) in inputs_and_outputs(session, batch).items():
+            assert torch.equal(x, y) is (tokens == "visual"), name
+
+
+def test_visual_tokens_alone_need_images() -> None:
+    session = session_of(vision="float", num_images=0, quantize_tokens="visual")
+    attach_input_quantizers(session)
+    with pytest.raises(CalibrationError, match=r"layers\.0\..*' saw no calibration data"):
+        calibrate_activations(session)
+
+
+def test_percentile_is_read_from_the_recipe() -> None:
+    scales = {}
+    for percentile in (0.99999, 0.9):
+        session = session_of(observer="percentile", percentile=percentile)
+        attach_input_quantizers(session)
+        calibrate_activations(session)
+        scales[percentile] = {name: layer.scales["tensor"] for name, layer in session.report.layers.items()}
+    assert all(scales[0.9][name] < 0.8 * scale for name, scale in scales[0.99999].items())
+
+
+def test_sixteen_bit_grid_is_finer_than_eight() -> None:
+    """Table 1's INT16: rounded, but by no more than half a step of max / 32767."""
+    session = session_of(vision="w16a16int", text="w16a16int")
+    peaks = naive_peaks(session)
+    attach_input_quantizers(session)
+    calibrate_activations(session)
+    for name, (x, y) in inputs_and_outputs(session, session.batches[0]).items():
+        scale = session.linears[name].input_quantizer.scale.item()
+        assert session.report.layers[name].activation_num_bits == 16
+        assert scale == pytest.approx(max(peaks[name]) / 32767, rel=1e-12)
+        assert 0 < (x - y).abs().max() <= 0.5 * scale * (1 + 1e-6), name
+
+
+def inputs_and_outputs(session: Session, batch: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
+    """What each input quantizer gets and gives in one forward pass, without the rows of padding."""
+    seen: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def keep(module: InputQuantizer, args: tuple[Tensor], y: Tensor) -> None:
+        x = args[0]
+        if session.part(module.name) is Part.TEXT:
+            valid = batch["attention_mask"].bool()[..., None]
+            x, y = x * valid, y * valid
+        seen[module.name] = (x, y)
+
+    handles = [linear.input_quantizer.register_forward_hook(keep) for linear in session.linears.values()]
+    with torch.no_grad():
+        session.model(**batch)
+    for handle in handles:
+        handle.remove()
+    return seen
+
+
 def test_padding_content_changes_no_scale() -> None:
     first, second = session_of(), session_of()
     for batch in second.batches:

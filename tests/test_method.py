@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
+from importlib.metadata import entry_points
 
 import pytest
 import torch
@@ -13,14 +14,21 @@ from torch import nn
 from fakes.tiny_qwen2_vl import tiny_batch, tiny_layout, tiny_model
 from mqbench.baselines import none, rtn, smoothquant
 from mqbench.harness.errors import CalibrationError, LayoutError, MQBenchError, NonFiniteError
+from mqbench.harness.quant.activation import InputQuantizer
 from mqbench.harness.quant.calibrate import attach_input_quantizers, calibrate_activations, round_weights_rtn
 from mqbench.harness.quant.layout import Part
 from mqbench.harness.quant.linear import QuantLinear
 from mqbench.harness.quant.method import StepMethod, step_name
-from mqbench.harness.quant.scheme import Recipe
+from mqbench.harness.quant.scheme import Recipe, parse_bits
 from mqbench.harness.quant.session import Batch, QuantReport, Session, Step
 
 METHODS = [none.METHOD, rtn.METHOD, smoothquant.METHOD]
+ALL_METHODS = sorted(point.name for point in entry_points(group="mqbench.methods") if point.name != "none")
+
+
+def method_named(name: str) -> StepMethod:
+    (point,) = entry_points(group="mqbench.methods", name=name)
+    return point.load()
 
 
 def quantize(
@@ -49,6 +57,68 @@ def test_every_linear_has_the_bits_of_its_scheme(method: StepMethod, bits: str) 
         linear = model.get_submodule(name)
         assert isinstance(linear, QuantLinear) and (linear.input_quantizer is None) is (expected[1] is None)
     assert torch.isfinite(model(**batches[0]).logits).all()
+
+
+@pytest.mark.parametrize("strategy", ["tensor", "modality", "token"])
+@pytest.mark.parametrize("bits", ["w4a4", "w4a4-g20", "w8a16int-g64", "w3a6-g1000"])
+@pytest.mark.parametrize("name", ALL_METHODS)
+def test_every_method_with_every_kind_of_grid(name: str, bits: str, strategy: str) -> None:
+    """Groups of 20 leave a shorter last group in each width (32, 48, 96, 128); 1000 is wider than all of them."""
+    recipe = Recipe(name, bits, bits, options={"activations": strategy})
+    method = method_named(name)
+    model, report, batches = quantize(method, recipe)
+    scheme = recipe.text_scheme
+    for layer_name, layer in report.layers.items():
+        linear = model.get_submodule(layer_name)
+        quantizer = linear.input_quantizer
+        assert (layer.weight_num_bits, layer.activation_num_bits) == (
+            scheme.weights.num_bits,
+            scheme.activations.num_bits,
+        )
+        groups = -(-linear.in_features // (scheme.weights.group_size or linear.in_features))
+        assert linear.weight_scale.shape == (linear.out_features, groups)
+        is_text = layer.part == Part.TEXT
+        assert quantizer.args.strategy == (strategy if is_text or strategy == "token" else "tensor")
+        assert len(layer.scales) == {"token": 0, "tensor": 1, "modality": 1 + is_text}[strategy]
+        assert_on_grid(quantizer, linear, batches[0])
+    expected = tiny_model(torch.float32)(**batches[0]).logits
+    error = (model(**batches[0]).logits - expected).norm() / expected.norm()
+    assert 1e-4 < error < 1.5
+
+
+def assert_on_grid(quantizer: InputQuantizer, linear: QuantLinear, batch: Batch) -> None:
+    """Rounded rows lie on at most 2^b levels from -2^(b-1) to 2^(b-1) - 1, per token, modality or tensor."""
+    x = torch.linspace(-300, 300, 4 * linear.in_features).view(1, 4, -1)
+    low, high = quantizer.args.quant_min, quantizer.args.quant_max
+    assert (low, high) == (-(2 ** (quantizer.args.num_bits - 1)), 2 ** (quantizer.args.num_bits - 1) - 1)
+    y = quantizer(x)
+    scale = x.abs().amax(-1, keepdim=True) / high if quantizer.args.dynamic else quantizer.scale[0]
+    levels = y / scale
+    torch.testing.assert_close(levels, levels.round(), rtol=0, atol=1e-2)
+    assert low <= levels.min().round() and levels.max().round() <= high
+
+
+@pytest.mark.parametrize("bits", ["float/w4a16-g128", "w4a16-g16/w8a16-g16"])
+@pytest.mark.parametrize("name", ["rtn", "quarot", "mquant"])
+def test_weight_only_groups(name: str, bits: str) -> None:
+    model, report, batches = quantize(method_named(name), Recipe(name, *parse_bits(bits)))
+    expected = tiny_model(torch.float32)(**batches[0]).logits
+    error = (model(**batches[0]).logits - expected).norm() / expected.norm()
+    assert all(layer.activation_num_bits is None and not layer.scales for layer in report.layers.values())
+    assert {layer.weight_num_bits for layer in report.layers.values()} == ({None, 4} if "float" in bits else {4, 8})
+    assert 1e-3 < error < 0.5
+
+
+@pytest.mark.parametrize("name", ["rtn", "quarot", "mquant"])
+def test_asymmetric_weights(name: str) -> None:
+    recipe = Recipe(name, "w4a8", "w4a8-g20", options={"zero_point": True})
+    model, report, _ = quantize(method_named(name), recipe)
+    for layer_name in report.layers:
+        linear = model.get_submodule(layer_name)
+        assert not linear.weight_args.symmetric
+        zero_point = linear.weight_zero_point
+        assert zero_point.shape == linear.weight_scale.shape and torch.equal(zero_point, zero_point.round())
+        assert zero_point.min() >= 0 and zero_point.max() <= 15 and zero_point.unique().numel() > 2
 
 
 def test_a_scheme_of_sixteen_activation_bits_changes_nothing_but_weights() -> None:

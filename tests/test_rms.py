@@ -8,19 +8,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fakes.sessions import logits, tiny_session
+from fakes.sessions import add_fc2_means, logits, tiny_session
 from mqbench.baselines.fusion import fuse_norms, layernorm_to_rmsnorm
+from mqbench.baselines.gptq import round_weights_gptq
 from mqbench.baselines.rotation import attach_online_hadamard, rotate_residual, rotate_values
 from mqbench.harness.errors import UnknownNameError
-from mqbench.harness.quant.activation import fake_quantize
+from mqbench.harness.quant.activation import InputQuantizer, fake_quantize
+from mqbench.harness.quant.capture import collect_rows
 from mqbench.harness.quant.linear import QuantLinear
-from mqbench.harness.quant.scheme import QuantArgs
+from mqbench.harness.quant.scheme import QuantArgs, Strategy
 from mqbench.harness.quant.session import Session
 from mqbench.harness.quant.transforms import OnlineHadamard
+from mqbench.harness.quant.weight import round_to_nearest, store_rounded
 from mqbench.kernels.hadamard import hadamard_matrix
-from mqbench.mquant.rms import eq9_sides, split_channel0, split_spikes
+from mqbench.mquant.rms import Side, eq9_sides, split_channel0, split_spikes
 
 WIDTHS = [8, 12, 24, 48, 67, 128]
+W4 = QuantArgs(4, strategy=Strategy.CHANNEL)
 FC2 = "model.visual.blocks.0.mlp.fc2"
 
 
@@ -134,6 +138,87 @@ def test_split_lowers_the_rounding_error_of_a_large_mean_layer(num_bits: int) ->
     split_channel0(split)
     errors = [(quantized(linear, x, num_bits) - expected).norm() / expected.norm() for linear in (plain, split)]
     assert errors[1] < 0.5 * errors[0]
+
+
+@pytest.mark.parametrize("side", list(Side))
+@pytest.mark.parametrize("bias", [False, True])
+def test_each_side_computes_its_formula(side: Side, bias: bool) -> None:
+    """The formulas of ``split_spikes``, written out, with W4 rows and an 8-bit input; x0 is far out of range."""
+    generator = torch.Generator().manual_seed(1)
+    weight = 0.5 + torch.randn(6, 24, generator=generator, dtype=torch.float64)
+    linear = hadamard_linear(weight)
+    if bias:
+        linear.bias = torch.nn.Parameter(torch.randn(6, generator=generator, dtype=torch.float64), requires_grad=False)
+    x = 1 + torch.randn(7, 24, generator=generator, dtype=torch.float64)
+    z, w = linear.prepare_input(x)[0], linear.weight.clone()
+    split_channel0(linear, side=side)
+    without = torch.eye(24, dtype=torch.float64)
+    without[0, 0] = 0
+    seen = z if side is Side.WEIGHT else z @ without
+    grid = w if side is Side.ACTIVATION else w @ without
+    scale = seen.abs().max() / 127
+    rounded = round_to_nearest(grid, W4).weight
+    q = fake_quantize(seen, scale, QuantArgs(8))
+    x0 = q[:, 0] if side is Side.WEIGHT else z[:, 0]
+    w0 = rounded[:, 0] if side is Side.ACTIVATION else w[:, 0]
+    expected = q @ rounded.T + (linear.bias if bias else 0) + torch.outer(x0, w0)
+    store_rounded(linear, round_to_nearest(linear.weight, W4), W4)
+    linear.input_quantizer = InputQuantizer("fc2", QuantArgs(8))
+    linear.input_quantizer.observing = True
+    linear(x)
+    linear.input_quantizer.freeze()
+    assert linear.input_quantizer.scale.item() == scale.item()
+    torch.testing.assert_close(linear(x), expected, rtol=0, atol=1e-12)
+    assert (w[:, 0] == linear.x0_weight).all() if side is not Side.ACTIVATION else linear.x0_weight is None
+
+
+@pytest.mark.parametrize("side", list(Side))
+def test_weight_rounding_sees_the_rows_that_meet_its_weight(side: Side) -> None:
+    """Under ``activation`` w0 is rounded with the others, so its Hessian has x0; elsewhere channel 0 is no channel."""
+    session, _, _ = tiny_session(bits="w4a16", rms_rule="any", rms_side=side.value)
+    add_fc2_means(session.model, 0.3)
+    attach_online_hadamard(session)
+    split_spikes(session)
+    linear, rows = session.linears[FC2], []
+    with collect_rows(session, FC2, rows.append):
+        session.run_calibration()
+    assert torch.cat(rows)[:, 0].any().item() is (side is Side.ACTIVATION)
+    round_weights_gptq(session)
+    assert linear.weight[:, 0].any().item() is (side is Side.ACTIVATION)
+
+
+def test_each_side_helps_where_its_outlier_is() -> None:
+    """Large w0 hurts a weight grid, large x0 an input range: each side mends its own, both mend both."""
+    generator = torch.Generator().manual_seed(2)
+    noise = torch.randn(64, 128, generator=generator, dtype=torch.float64)
+    rows = torch.randn(256, 128, generator=generator, dtype=torch.float64)
+    large_mean = {"weight": (noise + 1.5, rows), "activation": (noise, rows + 3)}
+    for helps, (weight, x) in large_mean.items():
+        errors = {None: rounding_error(weight, x, None)} | {side: rounding_error(weight, x, side) for side in Side}
+        idle = Side.ACTIVATION if helps == "weight" else Side.WEIGHT
+        assert errors[Side(helps)] < 0.7 * errors[None], helps
+        assert errors[Side.BOTH] < 0.7 * errors[None]
+        assert errors[idle] == pytest.approx(errors[None], rel=0.3)
+
+
+def test_unknown_side_is_refused() -> None:
+    session, _, _ = tiny_session(rms_side="weights")
+    with pytest.raises(UnknownNameError, match="unknown RMS side 'weights'; did you mean 'weight'"):
+        split_spikes(session)
+
+
+def rounding_error(weight: Tensor, x: Tensor, side: Side | None) -> float:
+    """Relative output error of a W4A4 layer behind an online Hadamard."""
+    linear = hadamard_linear(weight)
+    if side is not None:
+        split_channel0(linear, side=side)
+    store_rounded(linear, round_to_nearest(linear.weight, W4), W4)
+    linear.input_quantizer = InputQuantizer("fc2", QuantArgs(4))
+    linear.input_quantizer.observing = True
+    linear(x)
+    linear.input_quantizer.freeze()
+    expected = x @ weight.T
+    return ((linear(x) - expected).norm() / expected.norm()).item()
 
 
 def hadamard_linear(weight: Tensor) -> QuantLinear:
