@@ -190,8 +190,8 @@ def refuse_overlap(train: Corpus, test: Corpus) -> None:
     Raises:
         CalibrationError: a paragraph stands in both.
     """
-    known = _paragraphs(train)
-    shared = [row for digest, row in _paragraphs(test).items() if digest in known]
+    known = paragraph_hashes(train)
+    shared = [row for digest, row in paragraph_hashes(test).items() if digest in known]
     if shared:
         raise CalibrationError(
             f"{len(shared)} evaluated paragraph(s) of {test.source} stand in {train.source} too (first: "
@@ -199,8 +199,8 @@ def refuse_overlap(train: Corpus, test: Corpus) -> None:
         )
 
 
-def _paragraphs(corpus: Corpus) -> dict[bytes, str]:
-    """Hash -> line, for every line of at least ``PARAGRAPH_WORDS`` words."""
+def paragraph_hashes(corpus: Corpus) -> dict[bytes, str]:
+    """SHA-256 -> line, for every line of at least ``PARAGRAPH_WORDS`` words."""
     split = ((row.split(), row) for row in corpus.rows)
     return {
         hashlib.sha256(" ".join(words).casefold().encode()).digest(): row
