@@ -126,22 +126,24 @@ def compose(records: Iterable[Record], spec: FigureSpec, filters: Mapping[str, A
     panels: list[Panel] = []
     used: dict[str, Record] = {}
     for part in spec.parts:
-        builder = BUILDERS[part.kind]
-        chosen = _chosen(known, spec, builder.task, {**part.filters, **(filters or {})})
+        chosen = _chosen(known, spec, part, filters or {})
         used |= {record.cell.key: record for record in chosen}
-        panels += builder.build(chosen, part.title, part.options)
+        panels += BUILDERS[part.kind].build(chosen, part.title, part.options)
     return Picture(spec, tuple(panels), caption(list(used.values()), spec))
 
 
-def _chosen(records: Sequence[Record], spec: FigureSpec, task: str, filters: Mapping[str, Any]) -> list[Record]:
+def _chosen(records: Sequence[Record], spec: FigureSpec, part: Part, filters: Mapping[str, Any]) -> list[Record]:
     """One record per model, by name of the model.
 
     Of float records that differ in their calibration set alone, which ``select`` ignores, the largest set's counts.
     """
-    chosen = select([record for record in records if record.cell.task == task], filters)
+    builder = BUILDERS[part.kind]
+    of_task = [record for record in records if record.cell.task == builder.task]
+    chosen = select(of_task, {**part.filters, **filters})
+    chosen = [record for record in chosen if builder.fits(record, part.options)]
     if not chosen:
         raise FigureError(
-            f"figure {spec.number} needs an ok record of task '{task}'; run '{MEASURE_COMMAND}' first, or give "
+            f"figure {spec.number} needs an ok record of task '{builder.task}'; run '{MEASURE_COMMAND}' first, or give "
             "the folder of its records with --out"
         )
     check_scopes(chosen, VARYING)

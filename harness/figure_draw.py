@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from itertools import pairwise
 from math import ceil
 from pathlib import Path
@@ -75,13 +76,12 @@ METADATA: Mapping[str, Mapping[str, None]] = MappingProxyType(
 
 def draw(picture: Picture) -> Figure:
     """The figure, ready to be looked at or saved."""
-    import matplotlib
     from matplotlib.figure import Figure
 
     spec = picture.spec
     columns = min(spec.columns, len(picture.panels))
     rows = ceil(len(picture.panels) / columns)
-    with matplotlib.rc_context(dict(RC)):
+    with _style():
         figure = Figure(figsize=(spec.width_in, rows * spec.row_height_in), layout="constrained")
         grid = figure.subplots(rows, columns, squeeze=False)
         places = list(grid.flat)
@@ -96,12 +96,18 @@ def draw(picture: Picture) -> Figure:
 
 def save(figure: Figure, path: Path) -> None:
     """Writes a figure in the format of the suffix, without dates."""
-    import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     FigureCanvasAgg(figure)
-    with matplotlib.rc_context(dict(RC)):
+    with _style():
         figure.savefig(path, dpi=PNG_DPI, metadata=dict(METADATA[path.suffix]))
+
+
+def _style() -> AbstractContextManager[None]:
+    import matplotlib
+
+    settings: Any = dict(RC)
+    return matplotlib.rc_context(settings)
 
 
 def _draw_panel(panel: Panel, axes: Axes) -> None:

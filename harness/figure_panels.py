@@ -71,10 +71,11 @@ Build = Callable[[Sequence[Record], str, Mapping[str, Any]], list[Panel]]
 
 @dataclass(frozen=True)
 class Builder:
-    """Makes the panels of one kind from records of one task."""
+    """Makes the panels of one kind from records of one task; a record that does not ``fit`` has nothing to show."""
 
     task: str
     build: Build
+    fits: Callable[[Record, Mapping[str, Any]], bool] = lambda record, options: True
 
 
 PLACES: Mapping[str, str] = MappingProxyType(
@@ -193,13 +194,19 @@ def _weight_panels(
     """
     rows = []
     for record in records:
-        for tower in options.get("towers", ("vision",)):
-            if f"{tower}.shown_blocks" in record.arrays:
-                block = _shown_block(record, tower, options.get("block", "middle"))
-                rows += [panel(record, tower, block, name, hue) for hue, name in enumerate(CONDITIONS)]
-    if not rows:
-        raise FigureError(f"no record has weights of: {', '.join(options.get('towers', ('vision',)))}")
+        for tower in _towers(record, options):
+            block = _shown_block(record, tower, options.get("block", "middle"))
+            rows += [panel(record, tower, block, name, hue) for hue, name in enumerate(CONDITIONS)]
     return rows
+
+
+def _towers(record: Record, options: Mapping[str, Any]) -> list[str]:
+    """Those wanted that the model has."""
+    return [tower for tower in options.get("towers", ("vision",)) if f"{tower}.shown_blocks" in record.arrays]
+
+
+def _has_towers(record: Record, options: Mapping[str, Any]) -> bool:
+    return bool(_towers(record, options))
 
 
 def _shown_block(record: Record, tower: str, which: str) -> int:
@@ -240,8 +247,8 @@ BUILDERS: Mapping[str, Builder] = MappingProxyType(
         "visual_tokens": Builder("visual_tokens", visual_tokens),
         "activation_ranges": Builder("activation_ranges", activation_ranges),
         "activation_histogram": Builder("activation_ranges", activation_histogram),
-        "weight_peaks": Builder("weight_distribution", weight_peaks),
-        "weight_histograms": Builder("weight_distribution", weight_histograms),
+        "weight_peaks": Builder("weight_distribution", weight_peaks, _has_towers),
+        "weight_histograms": Builder("weight_distribution", weight_histograms, _has_towers),
     }
 )
 """Kinds of panels that a specification may name."""

@@ -144,8 +144,9 @@ def _places(layout: Layout) -> list[Place]:
 
 @contextmanager
 def _watching(model: nn.Module, layout: Layout, places: Sequence[Place]) -> Iterator[None]:
-    context = _quantizers_context(model)
-    tracking = Hooks([]) if context is not None else track_modality(model, layout, context := ModalityContext())
+    found = _quantizers_context(model)
+    context = found or ModalityContext()
+    tracking = Hooks([]) if found else track_modality(model, layout, context)
     handles = [
         model.get_submodule(place.module).register_forward_pre_hook(_hook(place, context), with_kwargs=True)
         for place in places
