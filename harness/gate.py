@@ -9,11 +9,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 from mqbench.harness.errors import GateError
 from mqbench.harness.gate_checks import Bench, check_ratio, check_recovery, check_scores, has_clusters, has_ratio
-from mqbench.harness.gate_pairs import Pair, check_allowed, compared_settings, pair_records
+from mqbench.harness.gate_pairs import (
+    ALLOWED_ANYWAY,
+    CELL_SETTINGS,
+    Pair,
+    check_allowed,
+    compared_settings,
+    pair_records,
+)
 from mqbench.harness.gate_verdict import RATIOS, Check, Correction, GateOptions, Outcome, Report, Verdict
 from mqbench.harness.record import Backend, Record
 from mqbench.harness.select import FLOAT_METHOD
@@ -82,8 +88,9 @@ def _float_key(record: Record) -> str:
 
 
 def _recipe_key(pair: Pair) -> str:
-    settings: dict[str, Any] = {**compared_settings(pair.either), "data_sha256": None, "prompts_sha256": None}
-    return repr([pair.place[:3], sorted(settings.items())])
+    settings = compared_settings(pair.either)
+    shared = [settings.get(name) for name in CELL_SETTINGS if name not in ("data_sha256", *ALLOWED_ANYWAY)]
+    return repr([pair.place[:3], shared])
 
 
 def _is_gated(pair: Pair) -> bool:

@@ -76,7 +76,8 @@ def check_scores(pair: Pair, bench: Bench) -> Check:
 def check_recovery(group: Sequence[Pair], references: Mapping[str, Record], bench: Bench) -> Check:
     """Recovery of one recipe relative to the candidate's own float records."""
     limit = bench.options.min_recovery or 0.0
-    blank = replace(_blank(Kind.RECOVERY, group[0], "%", limit), task="", differences=())
+    variant = next((pair.variant for pair in group if pair.variant), "")
+    blank = replace(_blank(Kind.RECOVERY, group[0], "%", limit), task="", variant=variant, differences=())
     lacking = [pair.place.task for pair in group if pair.place.task not in references]
     if lacking:
         reason = f"no ok float record for {', '.join(lacking)} in the candidate; evaluate method 'none' with it"
@@ -87,13 +88,13 @@ def check_recovery(group: Sequence[Pair], references: Mapping[str, Record], benc
     if zero:
         reason = f"the float score is zero on {', '.join(zero)}: recovery is not defined"
         return replace(blank, verdict=Verdict.MISSING, reason=reason)
-    rng = bench.rng("recovery", *group[0].place[:3], group[0].variant)
+    rng = bench.rng("recovery", *group[0].place[:3], variant)
     interval = recovery_interval(scores, bench.confidence, bench.num_resamples, rng).mapped(_points)
     verdict = _verdict(limit - interval.upper, limit - interval.lower, 0.0)
     return replace(
         blank,
         verdict=verdict,
-        value=_points(fmean(np.mean(both.scores) / np.mean(both.references) for both in scores)),
+        value=_points(fmean(fmean(both.scores) / fmean(both.references) for both in scores)),
         lower=interval.lower,
         upper=interval.upper,
         candidate=_points(fmean((record.score or 0.0) / (other.score or 1.0) for record, other in records)),

@@ -198,7 +198,7 @@ def _named_apart(pairs: Sequence[Pair]) -> list[Pair]:
 def _refusal(place: Place, old: Sequence[Record], new: Sequence[Record]) -> GateError:
     """Names the first difference between the two records that differ least."""
     found = [_differences(before, after, CELL_SETTINGS) for before in old for after in new]
-    name, before, after = next(iter(min(found, key=len)))
+    name, before, after = min(found, key=lambda differences: len(differences))[0]
     return _differ(place, name, before, after)
 
 

@@ -94,9 +94,9 @@ class Scores:
         groups: See ``group_losses``.
     """
 
-    scores: ArrayLike
-    references: ArrayLike
-    groups: ArrayLike | None = None
+    scores: Sequence[float]
+    references: Sequence[float]
+    groups: Sequence[float] | None = None
 
 
 def group_losses(losses: ArrayLike, groups: ArrayLike | None = None, beside: ArrayLike | None = None) -> Units:
@@ -119,7 +119,7 @@ def group_losses(losses: ArrayLike, groups: ArrayLike | None = None, beside: Arr
         _, position = np.unique(np.asarray(groups), return_inverse=True)
         if position.shape != values.shape:
             raise ValueError(f"{values.size} losses, but groups of shape {position.shape}")
-        columns = [np.bincount(position, weights=column) for column in columns]
+        columns = [np.bincount(position, weights=column).astype(np.float64) for column in columns]
     # Sums of the same rows in another order differ in the last bit.
     rows, counts = np.unique(np.stack(columns, axis=1).round(12), axis=0, return_counts=True)
     return Units(rows[:, 0], rows[:, 1], counts.astype(np.float64), None if beside is None else rows[:, 2])
