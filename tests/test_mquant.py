@@ -116,7 +116,7 @@ def test_split_layers_run_rounded_without_channel_0() -> None:
 
 
 @pytest.mark.parametrize("seed", [0, 1])
-@pytest.mark.parametrize("bits", ["w8a8", "w4a8"])
+@pytest.mark.parametrize("bits", ["w8a8", "w4a8", "w4a4"])
 def test_beats_round_to_nearest_and_is_no_worse_than_quarot(bits: str, seed: int) -> None:
     rtn, quarot, mquant = (sqnr_db(method, bits, seed) for method in (RTN, QUAROT, METHOD))
     assert mquant > rtn + 3
@@ -130,6 +130,17 @@ def test_rms_pays_where_fc2_rows_have_large_means(seed: int) -> None:
         for options in ({}, {"rms": False})
     )
     assert full > without + 1.5
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_large_means_widen_the_weight_grid_more_than_the_input_range(seed: int) -> None:
+    """With floating-point activations only the weight's side counts, and then as much as both."""
+    off, both, weight, activation = (
+        sqnr_db(METHOD, "w4a16/float", seed, hard_model(seed, fc2_mean=0.3, gap=1), **options)
+        for options in ({"rms": False}, {}, {"rms_side": "weight"}, {"rms_side": "activation"})
+    )
+    assert both == weight > off + 4
+    assert activation == pytest.approx(off, abs=0.1)
 
 
 @pytest.mark.parametrize("seed", [0, 1])

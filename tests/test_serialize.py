@@ -83,6 +83,22 @@ def test_other_dtypes(tmp_path: Path, name: str, dtype: torch.dtype) -> None:
     assert_round_trip(tmp_path, Recipe(name, bits, bits), dtype=dtype)
 
 
+@pytest.mark.parametrize("bits", ["w4a4-g20", "w3a16int", "w16a16int", "w4a16-g64", "w7a5"])
+@pytest.mark.parametrize("zero_point", [False, True], ids=["symmetric", "asymmetric"])
+@pytest.mark.parametrize("name", ["rtn", "mquant"])
+def test_every_kind_of_grid(tmp_path: Path, name: str, zero_point: bool, bits: str) -> None:
+    assert_round_trip(tmp_path, Recipe(name, bits, bits, options={"zero_point": zero_point}))
+
+
+@pytest.mark.parametrize("strategy", ["tensor", "modality", "token"])
+@pytest.mark.parametrize("tokens", ["visual", "text"])
+def test_tokens_that_stay_in_floating_point(tmp_path: Path, tokens: str, strategy: str) -> None:
+    options = {"quantize_tokens": tokens, "activations": strategy, "observer": "percentile", "percentile": 0.99}
+    after = assert_round_trip(tmp_path, Recipe("mquant", "w8a8", "w4a8", options=options))
+    linears = [module for module in after.model.modules() if isinstance(module, QuantLinear)]
+    assert {linear.input_quantizer.tokens for linear in linears} == {"all", tokens}
+
+
 @pytest.mark.parametrize(
     "options",
     [{"activations": "token"}, {"activations": "modality", "observer": "mse"}],
