@@ -114,7 +114,7 @@ PROBES: Mapping[str, Probe] = MappingProxyType(
             Probe(
                 "activation_ranges",
                 "activation ranges",
-                "visual over text peak at the last linear's input, median over LLM blocks",
+                "visual over text peak, median over LLM blocks",
                 Needs.MULTIMODAL,
                 True,
                 activation_ranges,

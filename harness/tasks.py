@@ -93,7 +93,7 @@ OTHERS = (
     TaskInfo(
         "activation_ranges",
         "activation ranges",
-        "visual over text peak at the last linear's input, median over LLM blocks",
+        "visual over text peak, median over LLM blocks",
         TaskKind.PROBE,
         Needs.MULTIMODAL,
         uses_calibration=True,
