@@ -84,11 +84,11 @@ def the_only(records: Sequence[Record]) -> Record | None:
     """The record of one place of a table; None when there is none.
 
     Raises:
-        TableError: several; names the first setting in which they differ.
+        TableError: several; names a setting in which they differ, those of ``SCOPES`` first.
     """
     for other in records[1:]:
         one, two = settings_of(records[0]), settings_of(other)
-        for name in sorted(one.keys() | two.keys()):
+        for name in (*SCOPES, *sorted(one.keys() | two.keys())):
             if one.get(name) != two.get(name):
                 raise _mixed(name, [shown(one.get(name)), shown(two.get(name))], (records[0].cell.label,))
     return records[0] if records else None

@@ -8,9 +8,13 @@ from __future__ import annotations
 import csv
 import io
 import os
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from fakes.records import CALIBRATION, failed_record, make_cell, make_record
 from mqbench.harness.errors import TableError
@@ -19,7 +23,7 @@ from mqbench.harness.record import Record
 from mqbench.harness.select import parse_filters, select
 from mqbench.harness.table import build, load_spec, render
 from mqbench.harness.table_formulas import recovery
-from mqbench.harness.table_spec import Column, TableSpec
+from mqbench.harness.table_spec import Column, TableSpec, without_choice
 
 GOLDEN = Path(__file__).parent / "golden"
 TASKS = {"textvqa": 80.0, "docvqa": 90.0, "ocrbench": 700.0, "mme": 2000.0, "scienceqa": 80.0}
@@ -122,6 +126,91 @@ def test_a_filter_chooses() -> None:
     ]
     frame = build(records, load_spec(3), parse_filters(["limit=none"]))
     assert [row.entries[0].measured for row in frame.rows] == [82.5, 2.0]
+
+
+def test_any_lifts_a_filter_of_the_specification() -> None:
+    records = [make_record(make_cell("mme", "none")), make_record(make_cell("mme"), 1.0)]
+    spec = TableSpec(1, "t", ("method",), (Column("O", task="mme"),), filters={"method": "none"})
+    assert [row.labels for row in build(records, spec).rows] == [("none",)]
+    assert [row.labels for row in build(records, spec, parse_filters(["method=any"])).rows] == [("mquant",), ("none",)]
+
+
+def with_options(options: dict, **changes: Any) -> Record:
+    return make_record(make_cell("mme", recipe=Recipe("mquant", "w8a8", "w4a8", options=options), **changes), 1.0)
+
+
+def test_the_default_recipe_is_preferred_and_others_stand_by_their_label() -> None:
+    records = [make_record(make_cell("mme", "none")), with_options({}), with_options({"rms": False})]
+    assert [row.labels[2] for row in build(records, load_spec(3)).rows] == ["none", "mquant"]
+    frame = build(records, without_choice(load_spec(3)))
+    assert [row.labels[2] for row in frame.rows] == ["none", "mquant", "mquant[rms=false]"]
+    assert [row.labels[2] for row in build(records[::2], load_spec(3)).rows] == ["none", "mquant[rms=false]"]
+
+
+def test_the_papers_figures_belong_to_the_default_recipe() -> None:
+    records = [with_options({}, model="qwen2-vl-7b"), with_options({"rms": False}, model="qwen2-vl-7b")]
+    rows = build(records, without_choice(load_spec(3))).rows
+    assert [row.entries[3].paper for row in rows] == [2269.0, None]
+
+
+def test_preferences_count_per_model() -> None:
+    few = replace(CALIBRATION, num_samples=8)
+    records = [with_options({}), with_options({}, calibration=few), with_options({}, model="b", calibration=few)]
+    rows = build(records, load_spec(3)).rows
+    assert [row.labels[0] for row in rows] == ["b", "standin-qwen2-vl"]
+    assert "8 samples" in build(records, load_spec(3)).caption
+
+
+@pytest.mark.parametrize(
+    ("words", "labels"),
+    [
+        (["options={}"], ["none", "mquant"]),
+        (["options.rms=false"], ["none", "mquant[rms=false]"]),
+        (['options={"rms":false}'], ["none", "mquant[rms=false]"]),
+        (["recipe.label=mquant[rms=false]"], ["mquant[rms=false]"]),
+    ],
+)
+def test_options_can_be_filtered(words: list[str], labels: list[str]) -> None:
+    records = [make_record(make_cell("mme", "none")), with_options({}), with_options({"rms": False})]
+    assert [row.labels[2] for row in build(records, without_choice(load_spec(3)), parse_filters(words)).rows] == labels
+
+
+def test_an_option_that_no_record_has_is_refused() -> None:
+    with pytest.raises(TableError, match=r"no record has a setting 'options\.rmss'"):
+        select([with_options({"rms": False})], {"options.rmss": False})
+
+
+def test_rows_may_be_any_setting() -> None:
+    records = [with_options({"rms": value}) for value in (False, "auto")] + [make_record(make_cell("mme", "none"))]
+    spec = TableSpec(1, "t", ("options.rms", "seed"), (Column("O", task="mme"),))
+    assert [row.labels for row in build(records, spec).rows] == [("-", "-"), ("auto", "0"), ("false", "0")]
+
+
+def test_two_records_for_one_place_are_refused() -> None:
+    other = make_cell("mme", recipe=Recipe("mquant", "w4a8", "w4a8"))
+    spec = TableSpec(1, "t", ("method",), (Column("O", task="mme"),))
+    with pytest.raises(TableError, match="differ in bits"):
+        build([make_record(make_cell("mme")), make_record(other)], spec)
+
+
+def test_rows_of_seeds_may_differ_in_the_seed() -> None:
+    records = [make_record(make_cell("mme", recipe=Recipe("mquant", "w8a8", "w4a8", seed=seed))) for seed in (0, 1)]
+    spec = TableSpec(1, "t", ("method", "seed"), (Column("O", task="mme"),))
+    assert [row.labels for row in build(records, spec).rows] == [("mquant", "0"), ("mquant", "1")]
+
+
+@given(st.lists(st.sampled_from([(m, o, n) for m in "ab" for o in (0, 1) for n in (8, 256)]), min_size=1, unique=True))
+def test_preferring_never_loses_a_model_and_never_mixes(chosen: list[tuple[str, int, int]]) -> None:
+    records = [
+        with_options({"rms": False} if option else {}, model=model, calibration=replace(CALIBRATION, num_samples=num))
+        for model, option, num in chosen
+    ]
+    prefer = {"options": {}, "calibration.num_samples": 256}
+    left = [(record.cell.model, record.cell.recipe.label) for record in select(records, {}, prefer=prefer)]
+    assert {model for model, _ in left} == {model for model, _, _ in chosen}
+    for model in "ab":
+        labels = {label for name, label in left if name == model}
+        assert not ("mquant" in labels and len(labels) > 1)
 
 
 def test_calibration_filters_keep_the_float_baseline() -> None:
