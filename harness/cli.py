@@ -17,6 +17,8 @@ from mqbench.harness.store import DEFAULT_OUT, DamagedLineWarning
 EXIT_FAILED_CELLS = 1
 EXIT_BAD_REQUEST = 2
 STANDIN_COMMANDS = "mqbench.harness.models.standin.commands"
+TEXT_STANDIN_COMMANDS = "mqbench.harness.models.standin_text.commands"
+BUILDER_SETTINGS = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
 
 app = typer.Typer(
     name="mqbench",
@@ -332,19 +334,25 @@ def quantize(
     run_quantize(request, out)
 
 
-@app.command(
-    "standin",
-    add_help_option=False,
-    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
-)
+@app.command("standin", add_help_option=False, context_settings=BUILDER_SETTINGS)
 def standin(context: typer.Context) -> None:
     """Make the shipped stand-in again: train, harden, data, report (mqbench standin --help)."""
+    _run_builder(STANDIN_COMMANDS, "standin", context.args)
+
+
+@app.command("standin-text", add_help_option=False, context_settings=BUILDER_SETTINGS)
+def standin_text(context: typer.Context) -> None:
+    """Make the shipped text stand-in again: train, build, data (mqbench standin-text --help)."""
+    _run_builder(TEXT_STANDIN_COMMANDS, "standin-text", context.args)
+
+
+def _run_builder(module: str, name: str, arguments: Sequence[str]) -> None:
     from importlib import import_module
     from importlib.util import find_spec
 
-    if find_spec(STANDIN_COMMANDS) is None:
+    if find_spec(module) is None:
         raise RequestError("this installation lacks the stand-in's builder; install mqbench from its repository")
-    import_module(STANDIN_COMMANDS).app(args=context.args, prog_name="mqbench standin")
+    import_module(module).app(args=list(arguments), prog_name=f"mqbench {name}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

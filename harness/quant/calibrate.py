@@ -38,7 +38,8 @@ def attach_input_quantizers(session: Session, text_strategy: str = Strategy.TENS
 
     Options, beside those that say all in ``ACTIVATION_OPTIONS``:
         activations: Default ``text_strategy``. ``tensor``: one static scale; ``modality``: a static scale for visual
-            and one for text rows of the LLM, one scale elsewhere; ``token``: dynamic per token everywhere.
+            and one for text rows of the LLM, one scale elsewhere and in text-only models; ``token``: dynamic per token
+            everywhere.
         quantize_tokens: ``visual`` or ``text``: the LLM's rows of the other modality stay in floating point and out of
             the scale; the vision tower and the projector are not concerned.
 
@@ -59,7 +60,7 @@ def attach_input_quantizers(session: Session, text_strategy: str = Strategy.TENS
         if args is None:
             continue
         is_text = session.part(name) is Part.TEXT
-        own_args = _with_strategy(args, strategy, is_text)
+        own_args = _with_strategy(args, strategy, is_text and session.layout.is_multimodal)
         quantizer = make(name, own_args, session.context, tokens=tokens) if is_text else make(name, own_args)
         linear.input_quantizer = quantizer.to(linear.weight.device)
         layer_report(session, name).activation_num_bits = args.num_bits
@@ -111,7 +112,7 @@ def layer_report(session: Session, name: str) -> LayerReport:
     return session.report.layers.setdefault(name, LayerReport(name, session.part(name)))
 
 
-def _with_strategy(args: QuantArgs, strategy: str, is_text: bool) -> QuantArgs:
-    if strategy == Strategy.MODALITY and not is_text:
+def _with_strategy(args: QuantArgs, strategy: str, is_mixed: bool) -> QuantArgs:
+    if strategy == Strategy.MODALITY and not is_mixed:
         strategy = Strategy.TENSOR
     return replace(args, strategy=Strategy(strategy), dynamic=strategy == Strategy.TOKEN)

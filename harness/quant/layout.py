@@ -155,6 +155,11 @@ class Layout:
     text_root: str
 
     @property
+    def is_multimodal(self) -> bool:
+        """Visual tokens may stand among the LLM's."""
+        return self.image_token_id is not None
+
+    @property
     def towers(self) -> tuple[Tower, ...]:
         return (self.text,) if self.vision is None else (self.vision, self.text)
 

@@ -68,7 +68,7 @@ def tiny_model(
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for module in model.modules():
-            _randomize(module, generator)
+            randomize(module, generator)
     text = config.text_config
     model.generation_config.update(eos_token_id=text.eos_token_id, pad_token_id=text.pad_token_id, do_sample=False)
     return model.to(dtype).eval()
@@ -142,7 +142,7 @@ def _randint(low: int, high: int, generator: torch.Generator) -> int:
     return int(torch.randint(low, high, (), generator=generator))
 
 
-def _randomize(module: nn.Module, generator: torch.Generator) -> None:
+def randomize(module: nn.Module, generator: torch.Generator) -> None:
     """Weights of unit gain; norm gains around 1 and every bias around 0, all clearly off their defaults."""
     is_norm = "Norm" in type(module).__name__
     for name, parameter in module.named_parameters(recurse=False):

@@ -144,7 +144,9 @@ class Trainer:
         self.step += 1
         return float(loss.detach())
 
-    def run(self, validate_every: int = 250, log_every: int = 25) -> Iterator[CurvePoint | None]:
+    def run(
+        self, validate_every: int = 250, log_every: int = 25, num_held_out: int = VALIDATION_ROWS
+    ) -> Iterator[CurvePoint | None]:
         """Trains to the end; yields after each step, the newest row of the curve whenever there is one."""
         losses: list[float] = []
         while self.step < self.settings.steps:
@@ -156,7 +158,8 @@ class Trainer:
             self.curve.append(CurvePoint(self.step, sum(losses) / len(losses)))
             losses = []
             if self.step % validate_every == 0 or last:
-                self.curve[-1] = replace(self.curve[-1], held_out=held_out_loss(self.model, self.tokenizer))
+                held_out = held_out_loss(self.model, self.tokenizer, num_held_out)
+                self.curve[-1] = replace(self.curve[-1], held_out=held_out)
                 self.save()
             yield self.curve[-1]
 
