@@ -88,7 +88,8 @@ def the_only(records: Sequence[Record]) -> Record | None:
     """
     for other in records[1:]:
         one, two = settings_of(records[0]), settings_of(other)
-        for name in (*SCOPES, *sorted(one.keys() | two.keys())):
+        check_scopes((records[0], other))
+        for name in sorted(one.keys() | two.keys()):
             if one.get(name) != two.get(name):
                 raise _mixed(name, [shown(one.get(name)), shown(two.get(name))], (records[0].cell.label,))
     return records[0] if records else None
