@@ -1,10 +1,10 @@
 """Quantized operations for inference: each checks its arguments and runs on their device.
 
-Levels are symmetric: ``clamp(round_half_to_even(x / scale), -2^(b-1), 2^(b-1) - 1)`` (paper Eq. 2), divided in float32.
-NaN becomes level 0 under a static scale and makes the scale NaN under a per-token one. ``scale`` is a static scale, (1,) for
-all rows or (S,) with ``row_index`` (M,) uint8 below S saying whose a row is (MSQ: 0 text, 1 visual); ``scale=None`` is
-one dynamic scale per row (token), ``amax / (2^(b-1) - 1)``, 1 for a row of zeros. All tensors are contiguous and on one
-device; M may be 0.
+Levels are symmetric: ``clamp(round_half_to_even(x / scale), -2^(b-1), 2^(b-1) - 1)`` (paper Eq. 2), divided in
+float32. ``scale`` is a static scale, (1,) for all rows or (S,) with ``row_index`` (M,) uint8 below S saying whose a row
+is (MSQ: 0 text, 1 visual); ``scale=None`` is one dynamic scale per row (token), ``amax / (2^(b-1) - 1)``, 1 for a row
+of zeros. NaN becomes level 0 under a static scale and makes a per-token scale NaN. All tensors are contiguous and on
+one device; M may be 0.
 
 Every function raises TypeError (another dtype) or ValueError (another shape or device, not contiguous, a number out of
 range), and the message names the argument. None of them is differentiable.
@@ -225,7 +225,7 @@ def linear_int8(
 ) -> Tensor:
     """Integer matrix product with its epilogue, ``acc * s_a[row] * s_w[n] + bias[n] + x0[row] * w0[n]``.
 
-    ``acc = x_q @ w_q.T`` is exact in int32 for K < 2^17. The epilogue runs in float32 and rounds once, to ``out_dtype``.
+    ``acc = x_q @ w_q.T`` is exact in int32 for K < 2^17. The epilogue runs in float32 and rounds once.
 
     Args:
         x_q: (M, K) int8.

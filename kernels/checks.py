@@ -43,7 +43,11 @@ def check_matrix(
 
 
 def check_vector(
-    name: str, x: Tensor, dtypes: Sequence[torch.dtype], lengths: Sequence[int] | None = None, like: Tensor | None = None
+    name: str,
+    x: Tensor,
+    dtypes: Sequence[torch.dtype],
+    lengths: Sequence[int] | None = None,
+    like: Tensor | None = None,
 ) -> None:
     """A contiguous vector of one of some dtypes and, where ``lengths`` says so, one of these lengths.
 

@@ -1,7 +1,7 @@
 """Signed 4-bit levels, two per byte, in planar halves: byte j of a row holds column j low and column j + K/2 high.
 
-Planar halves unpack to two contiguous runs of columns with one mask or shift each; neighbours in a byte would have to be
-interleaved again.
+Planar halves unpack to two contiguous runs of columns with one mask or shift each; neighbours that shared a byte would
+have to be interleaved again.
 """
 
 from __future__ import annotations
