@@ -89,14 +89,21 @@ def _paper_label(line: Line, columns: Mapping[str, str], setting: str) -> str:
 
 
 def _listed(records: Sequence[Record], spec: TableSpec) -> list[Place]:
-    """Rows as listed, once for every model that has a record for any of them."""
+    """Rows as listed, once for every model that has a record for any of them.
+
+    A quantized folder stands with the float records of the model that it was made of.
+    """
     places = []
     for model in sorted({record.cell.model for record in records}):
-        own = [record for record in records if record.cell.model == model]
-        body = [_listed_place(own, row, spec, model) for row in spec.row]
-        if any(record for place in body for record in place.records):
+        known = [record for record in records if record.cell.model == model or _is_baseline(record, model)]
+        body = [_listed_place(known, row, spec, model) for row in spec.row]
+        if any(record.cell.model == model for place in body for record in place.records if record is not None):
             places += body
     return places or [_listed_place([], row, spec, NO_MODEL) for row in spec.row]
+
+
+def _is_baseline(record: Record, model: str) -> bool:
+    return record.cell.recipe.method == FLOAT_METHOD and record.cell.model == base_model(model)
 
 
 def _listed_place(records: Sequence[Record], row: RowSpec, spec: TableSpec, model: str) -> Place:

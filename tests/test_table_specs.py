@@ -119,6 +119,15 @@ def test_each_model_is_a_body_of_its_own() -> None:
     assert "standin" not in build(records, load_spec(7)).caption
 
 
+def test_a_quantized_folder_stands_with_the_float_of_its_model() -> None:
+    cells = [make_cell("mme", "none", model="a"), make_cell("mme", "mquant", "w4a8/w4a8", "a@mine")]
+    records = [make_record(cell, score) for cell, score in zip(cells, (100.0, 90.0), strict=True)]
+    rows = build(records, load_spec(8)).rows
+    mine = {row.labels[1]: row.entries[3] for row in rows if row.labels[0] == "a@mine"}
+    assert (mine["float"].measured, mine["256"].measured, mine["256"].delta) == (100.0, 90.0, -10.0)
+    assert len(rows) == 8
+
+
 def test_what_only_one_row_may_vary_is_checked_in_the_others() -> None:
     """Table 8 varies the number of samples, nothing else; Table 7 does not."""
     info = make_cell().calibration
