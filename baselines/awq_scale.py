@@ -185,7 +185,8 @@ def choose(
     """
     errors = []
     for factors in candidates:
-        rounded = [round_to_nearest(weight * factors, args, name=name).weight / factors for weight in weights]
+        scaled = [(weight * factors).to(weight.dtype) for weight in weights]
+        rounded = [round_to_nearest(weight, args, name=name).weight / factors for weight in scaled]
         error = error_of(rounded)
         errors.append(error if error == error else float("inf"))
     position = errors.index(min(errors))
@@ -205,7 +206,7 @@ def divide_source(session: Session, group: ScalingGroup, factors: Tensor) -> Non
             parameter.data = value
     for name in group.readers:
         linear = session.linears[name]
-        linear.weight.data = linear.weight * factors
+        linear.weight.data = (linear.weight * factors).to(linear.weight.dtype)
 
 
 def _linear_error(linear: QuantLinear, replay: Replay) -> tuple[Tensor, ErrorOf]:
@@ -256,7 +257,7 @@ def replaced_weights(linears: Sequence[QuantLinear], weights: Sequence[Tensor]) 
     """While open, the linears have other weights."""
     before = [linear.weight.data for linear in linears]
     for linear, weight in zip(linears, weights, strict=True):
-        linear.weight.data = weight
+        linear.weight.data = weight.to(linear.weight.dtype)
     try:
         yield
     finally:

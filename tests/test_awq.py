@@ -33,6 +33,14 @@ def test_dynamic_activations() -> None:
     assert {layer.activation_num_bits for layer in report.layers.values()} == {8}
 
 
+def test_a_bfloat16_model_stays_in_bfloat16() -> None:
+    model = tiny_model(torch.bfloat16)
+    batches = [tiny_batch(model, num_images=1, batch_size=3)]
+    METHOD.quantize(model, tiny_layout(model), Recipe("awq", "w4a16-g16", "w4a16-g16"), batches)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    assert logits(model, batches[0]).dtype == torch.bfloat16
+
+
 def test_grids_are_asymmetric_unless_asked_otherwise() -> None:
     for options, asymmetric in (({}, True), ({"zero_point": False}, False)):
         session = awq_session("float/w4a16-g16", **options)
