@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -24,12 +23,11 @@ from mqbench.harness.gate_stats import (
     size_that_tells,
     two_digits,
 )
-from mqbench.harness.gate_study import GAIN_RATES, guarded, percentile, simulate
+from mqbench.harness.gate_study import GAIN_RATES, SHAPES, guarded, outside, percentile, simulate
 
 CONFIDENCE = 0.95
 LEVEL = 0.05
 PAGE = Path(__file__).parents[1] / "results" / "gate.md"
-Draw = Callable[[np.random.Generator, int], np.ndarray]
 
 
 def slack(num_data_sets: int) -> float:
@@ -174,63 +172,25 @@ def test_1000_unchanged_rows_pass_and_the_plain_bootstrap_passes_what_it_must_no
     assert simulate(percentile, 100, gate_study.MAX_DROP, 0.0, NUM_DATA_SETS).passed > 0.3
 
 
-def error_rates(draw: Draw, mean: float, worst: float | None, num_rows: int, num_data_sets: int) -> tuple[float, float]:
-    """How often each bound is on the wrong side of the true mean."""
-    rng = np.random.default_rng(7)
-    found = [
-        loss_interval(group_losses(draw(rng, num_rows)), CONFIDENCE, worst, 1000, rng) for _ in range(num_data_sets)
-    ]
-    return (
-        sum(interval.lower > mean for interval in found) / num_data_sets,
-        sum(interval.upper < mean for interval in found) / num_data_sets,
-    )
-
-
-def partial_credit(rng: np.random.Generator, num_rows: int) -> np.ndarray:
-    """ANLS-like: most rows keep their score, others lose or win a part of it; mean loss 0.01."""
-    values = [0.0, 0.25, 1 / 3, 0.5, 1.0, -0.25, -0.5, -1.0]
-    chances = [0.92, 0.012, 0.012, 0.016, 0.019, 0.008, 0.009, 0.004]
-    return rng.choice(values, num_rows, p=chances)
-
-
-def test_scores_between_0_and_1() -> None:
-    mean = 0.25 * 0.012 + 0.012 / 3 + 0.5 * 0.016 + 0.019 - 0.25 * 0.008 - 0.5 * 0.009 - 0.004
-    for num_rows in (60, 300):
-        assert max(error_rates(partial_credit, mean, 1.0, num_rows, 1500)) <= LEVEL + slack(1500)
-
-
 @pytest.mark.parametrize(
-    ("draw", "mean"),
+    ("name", "num_data_sets"),
     [
-        (lambda rng, rows: rng.standard_normal(rows), 0.0),
-        (lambda rng, rows: rng.standard_t(3, rows), 0.0),
-        (lambda rng, rows: rng.standard_exponential(rows), 1.0),
+        ("parts of a point (ANLS)", 1500),
+        ("two rows per image, changed together", 1000),
+        ("likelihoods, normal", 1000),
+        ("likelihoods, heavy tails (t, 3)", 1000),
+        ("likelihoods, one tail (exponential)", 1000),
     ],
-    ids=["normal", "heavy tails", "skewed"],
 )
-def test_differences_without_bounds(draw: Draw, mean: float) -> None:
-    for num_rows in (20, 100):
-        assert max(error_rates(draw, mean, None, num_rows, 500)) <= LEVEL + slack(500)
+def test_bounds_of_other_scores(name: str, num_data_sets: int) -> None:
+    shape = SHAPES[name]
+    for num_rows in shape.num_rows:
+        assert max(outside(shape, num_rows, num_data_sets, seed=1)) <= LEVEL + slack(num_data_sets)
 
 
-def twins(rng: np.random.Generator, num_rows: int) -> np.ndarray:
-    """Pairs of rows that are lost and won together: 3 % and 2 % of them."""
-    return np.repeat(rng.choice([1.0, -1.0, 0.0], num_rows // 2, p=[0.03, 0.02, 0.95]), 2)
-
-
-def test_rows_of_one_image_are_resampled_together() -> None:
-    rng, rows, num_data_sets = np.random.default_rng(3), 1000, 1000
-    together = alone = 0
-    for _ in range(num_data_sets):
-        losses = twins(rng, rows)
-        grouped, single = (
-            loss_interval(units, CONFIDENCE, 1.0, 1000, rng)
-            for units in (group_losses(losses, np.arange(rows) // 2), group_losses(losses))
-        )
-        together += not grouped.lower <= 0.01 <= grouped.upper
-        alone += not single.lower <= 0.01 <= single.upper
-    assert together / num_data_sets <= 2 * LEVEL + 2 * slack(num_data_sets)
-    assert alone / num_data_sets > 3 * LEVEL  # the same rows without their groups
+def test_rows_of_one_image_taken_as_independent_would_raise_false_alarms() -> None:
+    shape = SHAPES["the same, taken as independent"]
+    assert max(outside(shape, 1000, 1000, seed=1)) > LEVEL + slack(1000)
 
 
 def test_groups_of_unequal_size() -> None:
