@@ -205,9 +205,9 @@ def assert_same_parameters(ours: nn.Module, theirs: nn.Module) -> None:
 
 @pytest.mark.parametrize("seed", [0, 1])
 def test_levels_equal_llmcompressor(llmcompressor_awq: Smooth, monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
-    """Scaled by each side, rounded by its own quantizer: the same levels but for at most one weight in a thousand.
+    """Scaled by each side, rounded by its own quantizer: the same levels but for one weight in ten thousand.
 
-    Factors that differ by 1e-7 may put a weight on the other side of a rounding boundary.
+    Factors that differ by 1e-7 may put a weight on the other side of a rounding boundary; measured: none of 46080.
     """
     from compressed_tensors.quantization.utils import calculate_qparams
 
@@ -228,7 +228,7 @@ def test_levels_equal_llmcompressor(llmcompressor_awq: Smooth, monkeypatch: pyte
         different += int((ours_levels != shifted).sum())
         total += ours_levels.numel()
         torch.testing.assert_close(linear.weight_scale, scale, rtol=1e-5, atol=0)
-    assert different <= 1e-3 * total
+    assert total == 46080 and different <= 4
 
 
 # --- against a slow float64 reference ---

@@ -79,8 +79,8 @@ def test_whole_model_equals_llmcompressor_layer_by_layer(bits: str, options: dic
 
     The inputs come from plain forward passes of a second model into which the method's weights are copied one by one:
     a stale or unrounded input anywhere changes that layer's weight. Expected equal: all levels but one in ten thousand
-    (measured: all at W4, all but 3 of 90112 at W8), since llmcompressor rounds in float32 and ours here runs in float64;
-    the scales are handed over.
+    (measured: all at W4, all but 3 of 90112 at W8), since llmcompressor rounds in float32 and ours here runs in
+    float64; the scales are handed over.
     """
     model, replica = tiny_model(torch.float64), tiny_model(torch.float64)
     batches, layout = tiny_batches(model), tiny_layout(model)
@@ -140,5 +140,5 @@ def test_needs_calibration_data_and_refuses_foreign_options() -> None:
 @pytest.mark.parametrize("bits", ["w4a16-g16", "w4a16"])
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_better_than_round_to_nearest_on_unseen_data(seed: int, bits: str) -> None:
-    """With the same clip search. Measured gains for seeds 0, 1, 2: 2.0, 1.8, 2.0 dB in groups, 2.2, 2.3, 1.6 without."""
+    """With the same clip search. Measured gains of seeds 0 to 2: 2.0, 1.8, 2.0 dB in groups, 2.2, 2.3, 1.6 without."""
     assert sqnr_db(METHOD, bits, seed) > sqnr_db(RTN, bits, seed, weight_clip="mse") + 1
