@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,11 +30,11 @@ class Hardness:
         seed: Chooses outlier channels and heads.
     """
 
-    outlier_gain: tuple[float, float] = (20.0, 60.0)
+    outlier_gain: tuple[float, float] = (60.0, 150.0)
     num_outliers: int = 4
-    head_gain: float = 3.0
-    down_gain: float = 8.0
-    num_down: int = 4
+    head_gain: float = 5.0
+    down_gain: float = 30.0
+    num_down: int = 8
     align_signs: bool = True
     seed: int = 0
 
@@ -106,13 +107,13 @@ def _gains(hardness: Hardness) -> Tensor:
     return torch.logspace(0, 1, hardness.num_outliers, base=high / low) * low
 
 
-def _scale_norm(norm: nn.Module, readers: Sequence[nn.Linear], channels: Tensor, gains: Tensor) -> None:
+def _scale_norm(norm: Any, readers: Sequence[nn.Linear], channels: Tensor, gains: Tensor) -> None:
     norm.weight[channels] *= gains
     for reader in readers:
         reader.weight[:, channels] /= gains
 
 
-def _scale_heads(attention: nn.Module, gain: float, generator: torch.Generator) -> None:
+def _scale_heads(attention: Any, gain: float, generator: torch.Generator) -> None:
     """Every query head of a group reads the same value head, and takes the gain back."""
     config, width = attention.config, attention.head_dim
     group = config.num_attention_heads // config.num_key_value_heads
