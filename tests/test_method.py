@@ -59,8 +59,16 @@ def test_every_linear_has_the_bits_of_its_scheme(method: StepMethod, bits: str) 
     assert torch.isfinite(model(**batches[0]).logits).all()
 
 
-@pytest.mark.parametrize("strategy", ["tensor", "modality", "token"])
-@pytest.mark.parametrize("bits", ["w4a4", "w4a4-g20", "w8a16int-g64", "w3a6-g1000"])
+@pytest.mark.parametrize(
+    ("bits", "strategy"),
+    [
+        ("w4a4", "tensor"),
+        ("w4a4", "token"),
+        ("w4a4-g20", "modality"),
+        ("w8a16int-g64", "tensor"),
+        ("w3a6-g1000", "token"),
+    ],
+)
 @pytest.mark.parametrize("name", ALL_METHODS)
 def test_every_method_with_every_kind_of_grid(name: str, bits: str, strategy: str) -> None:
     """Groups of 20 leave a shorter last group in each width (32, 48, 96, 128); 1000 is wider than all of them."""

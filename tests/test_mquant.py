@@ -132,11 +132,10 @@ def test_rms_pays_where_fc2_rows_have_large_means(seed: int) -> None:
     assert full > without + 1.5
 
 
-@pytest.mark.parametrize("seed", [0, 1])
-def test_large_means_widen_the_weight_grid_more_than_the_input_range(seed: int) -> None:
+def test_large_means_widen_the_weight_grid_more_than_the_input_range() -> None:
     """With floating-point activations only the weight's side counts, and then as much as both."""
     off, both, weight, activation = (
-        sqnr_db(METHOD, "w4a16/float", seed, hard_model(seed, fc2_mean=0.3, gap=1), **options)
+        sqnr_db(METHOD, "w4a16/float", model=hard_model(0, fc2_mean=0.3, gap=1), **options)
         for options in ({"rms": False}, {}, {"rms_side": "weight"}, {"rms_side": "activation"})
     )
     assert both == weight > off + 4

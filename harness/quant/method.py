@@ -72,7 +72,7 @@ class StepMethod:
         schemes = (recipe.vision_scheme, recipe.text_scheme)
         if self.uses_data and any(scheme.weights is not None for scheme in schemes):
             return True
-        static = recipe.options.get("activations") != Strategy.TOKEN
+        static = (declared_defaults(self.options) | dict(recipe.options)).get("activations") != Strategy.TOKEN
         return static and any(scheme.activations is not None for scheme in schemes)
 
 
