@@ -67,7 +67,7 @@ def evaluate(
     ] = "rtn,smoothquant,quarot,mquant",
     tasks: Annotated[str, typer.Option(help="Comma-separated, or all; see 'mqbench tasks'.")] = "all",
     bits: Annotated[
-        str, typer.Option(help="VISION/LLM settings, comma-separated: w8a8/w4a8, w4a4, float/w4a16-g128. 16: left in float.")
+        str, typer.Option(help="VISION/LLM settings, comma-separated: w8a8/w4a8, w4a4, float/w4a16-g128 (16: float).")
     ] = "w8a8/w4a8,w4a8/w4a8",
     options: Options = None,
     limit: Annotated[int | None, typer.Option(help="Rows per benchmark at most, for a quick look.")] = None,
