@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -11,8 +13,10 @@ from fakes.tiny_qwen2_vl import tiny_batch, tiny_layout, tiny_model
 from mqbench.baselines.awq import METHOD
 from mqbench.baselines.awq_clip import round_weights_clipped
 from mqbench.baselines.rtn import METHOD as RTN
+from mqbench.harness.models.adapter import LoadedModel
 from mqbench.harness.quant.layout import Part
 from mqbench.harness.quant.scheme import Recipe, parse_bits
+from mqbench.harness.quant.serialize import load_quantized, save_quantized
 
 
 @pytest.mark.parametrize("bits", ["float/w4a16-g16", "w4a16-g16/w4a16-g16", "w8a8/w4a8-g16", "w4a16/w3a16-g20"])
@@ -39,6 +43,17 @@ def test_a_bfloat16_model_stays_in_bfloat16() -> None:
     METHOD.quantize(model, tiny_layout(model), Recipe("awq", "w4a16-g16", "w4a16-g16"), batches)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
     assert logits(model, batches[0]).dtype == torch.bfloat16
+
+
+def test_saved_and_loaded_model_answers_to_the_last_bit(tmp_path: Path) -> None:
+    """Scaled norms, clipped asymmetric grids and a shorter last group all come back."""
+    model, fresh = tiny_model(torch.float32), tiny_model(torch.float32)
+    batches = [tiny_batch(model, num_images=1, batch_size=3)]
+    recipe = Recipe("awq", "w4a16-g20", "w4a16-g20")
+    report = METHOD.quantize(model, tiny_layout(model), recipe, batches)
+    save_quantized(model, report, recipe, tmp_path, "tiny")
+    load_quantized(tmp_path, LoadedModel("tiny", fresh, None, tiny_layout(fresh)))
+    assert torch.equal(logits(fresh, batches[0]), logits(model, batches[0]))
 
 
 def test_grids_are_asymmetric_unless_asked_otherwise() -> None:
