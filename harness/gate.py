@@ -11,7 +11,15 @@ from dataclasses import replace
 from functools import partial
 
 from mqbench.harness.errors import GateError
-from mqbench.harness.gate_checks import Bench, check_ratio, check_recovery, check_scores, has_clusters, has_ratio
+from mqbench.harness.gate_checks import (
+    Bench,
+    check_ratio,
+    check_recovery,
+    check_scores,
+    has_clusters,
+    has_ratio,
+    has_unknown_twins,
+)
 from mqbench.harness.gate_pairs import (
     ALLOWED_ANYWAY,
     CELL_SETTINGS,
@@ -106,22 +114,28 @@ def _with_outcome(check: Check, options: GateOptions) -> Check:
 
 def _notes(pairs: Sequence[Pair], gated: Sequence[Pair]) -> Iterator[str]:
     """What a reader must know about the comparison."""
-    kinds = {pair.place.task: task_info(pair.place.task).kind for pair in gated}
-    benchmarks = [pair for pair in gated if kinds[pair.place.task] is TaskKind.BENCHMARK and pair.candidate is not None]
-    if "mme" in kinds:
-        yield "mme: the loss counts single answers; the headline scores beside it also count pairs of answers"
-    if TaskKind.PERPLEXITY in kinds.values():
+    if any(task_info(pair.place.task).kind is TaskKind.PERPLEXITY for pair in gated):
         yield "perplexity: the loss is its relative increase in %, from the likelihoods of the same windows"
-    if benchmarks and not all(has_clusters(pair.either) for pair in benchmarks):
-        yield "rows of one image are taken as independent: these records do not say which rows share an image"
-    if benchmarks and not all("prompts_sha256" in compared_settings(pair.either) for pair in benchmarks):
-        yield "prompts are not recorded: equal rows and an equal VLMEvalKit version stand for them"
+    yield from _row_notes([pair for pair in gated if task_info(pair.place.task).kind is TaskKind.BENCHMARK])
     if len(gated) < len(pairs):
         yield f"{len(pairs) - len(gated)} record(s) without rows (probes, figures) are not gated"
     simulated = [pair for pair in gated if _has_simulated_figures(pair)]
     if simulated:
         yield f"latency and memory of {len(simulated)} simulated cell(s) are not gated: a simulation has no speed"
     yield from _package_notes(gated)
+
+
+def _row_notes(pairs: Sequence[Pair]) -> Iterator[str]:
+    """What holds for the rows of benchmarks."""
+    records = [pair.candidate for pair in pairs if pair.candidate is not None and pair.candidate.ok]
+    if any(record.cell.task == "mme" for record in records):
+        yield "mme: the loss counts single answers; the headline scores beside it also count pairs of answers"
+    if any(has_unknown_twins(record) for record in records):
+        yield "mme: two rows share each image, the records do not say which: every row counts as half a unit"
+    if not all(has_clusters(record) or has_unknown_twins(record) for record in records):
+        yield "rows of one image are taken as independent: these records do not say which rows share an image"
+    if not all("prompts_sha256" in compared_settings(record) for record in records):
+        yield "prompts are not recorded: equal rows and an equal VLMEvalKit version stand for them"
 
 
 def _has_simulated_figures(pair: Pair) -> bool:

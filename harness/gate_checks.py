@@ -10,6 +10,8 @@ from statistics import fmean
 
 import numpy as np
 
+from mqbench.harness.datasets.catalog import TASKS
+from mqbench.harness.datasets.catalog import Kind as TaskForm
 from mqbench.harness.errors import GateError
 from mqbench.harness.gate_pairs import Pair
 from mqbench.harness.gate_stats import (
@@ -58,6 +60,8 @@ def check_scores(pair: Pair, bench: Bench) -> Check:
         return _unpaired(blank, pair)
     texts, losses = _paired(pair.baseline, pair.candidate, is_perplexity)
     units = group_losses(losses, _groups(pair.candidate))
+    if has_unknown_twins(pair.candidate):
+        units = units.with_unknown_twins()
     shown: Callable[[float], float] = _perplexity_increase if is_perplexity else _points
     seen = replace(
         blank,
@@ -153,6 +157,12 @@ def has_clusters(record: Record) -> bool:
     return len(record.arrays.get(CLUSTER, ())) == len(record.samples) > 0
 
 
+def has_unknown_twins(record: Record) -> bool:
+    """Whether two rows share each image by the benchmark's design, and the record does not say which."""
+    task = record.cell.task
+    return task in TASKS and TASKS[task].kind is TaskForm.YES_NO_PAIRS and not has_clusters(record)
+
+
 def _judged(seen: Check, units: Units, shown: Callable[[float], float], worst: float | None, bench: Bench) -> Check:
     """The verdict on losses that are not all zero by equal answers."""
     place = (seen.model, seen.recipe, seen.bits, seen.task, seen.variant)
@@ -224,7 +234,7 @@ def _scores_beside(record: Record, reference: Record) -> Scores:
     if found.keys() != {sample.index for sample in record.samples}:
         raise GateError(f"{record.cell.label}: the float record has other rows; evaluate both alike")
     rows = [(sample.score or 0.0, found[sample.index] or 0.0) for sample in record.samples]
-    return Scores([mine for mine, _ in rows], [other for _, other in rows], _groups(record))
+    return Scores([mine for mine, _ in rows], [other for _, other in rows], _groups(record), has_unknown_twins(record))
 
 
 def _points(share: float) -> float:

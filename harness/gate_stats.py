@@ -83,6 +83,11 @@ class Units:
         """As many times the units, with the same losses."""
         return replace(self, counts=self.counts * factor)
 
+    def with_unknown_twins(self) -> Units:
+        """For rows that come in pairs when nobody knows which: as if both rows of a pair always changed alike."""
+        beside = None if self.beside is None else 2 * self.beside
+        return Units(2 * self.sums, 2 * self.sizes, self.counts / 2, beside)
+
 
 @dataclass(frozen=True)
 class Scores:
@@ -92,11 +97,18 @@ class Scores:
         scores: Shape [rows], in 0..1.
         references: The float model's scores of the same rows.
         groups: See ``group_losses``.
+        unknown_twins: See ``Units.with_unknown_twins``.
     """
 
     scores: Sequence[float]
     references: Sequence[float]
     groups: Sequence[float] | None = None
+    unknown_twins: bool = False
+
+    @property
+    def units(self) -> Units:
+        units = group_losses(self.scores, self.groups, beside=self.references)
+        return units.with_unknown_twins() if self.unknown_twins else units
 
 
 def group_losses(losses: ArrayLike, groups: ArrayLike | None = None, beside: ArrayLike | None = None) -> Units:
@@ -168,7 +180,7 @@ def recovery_interval(
     """
     lower, upper = np.zeros(num_resamples), np.zeros(num_resamples)
     for benchmark in benchmarks:
-        mine = group_losses(benchmark.scores, benchmark.groups, beside=benchmark.references)
+        mine = benchmark.units
         if mine.beside is None or not mine.beside.any():
             raise ValueError("the float score of a benchmark is zero")
         weights = rng.standard_gamma(mine.counts, size=(num_resamples, len(mine.counts)))

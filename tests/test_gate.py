@@ -85,6 +85,21 @@ def test_rows_of_one_image_count_once() -> None:
     assert grouped.lower is not None and alone.lower is not None and grouped.lower < alone.lower
 
 
+def test_pairs_of_mme_count_as_units_known_or_not() -> None:
+    clusters = {"cluster": [float(row // 2) for row in range(400)]}
+    known = only(record("mme", arrays=clusters), record("mme", 300, arrays=clusters))
+    unknown = only(record("mme"), record("mme", 300))
+    assert known.num_units == unknown.num_units == 200
+    # Rows 300 to 319 are lost, as whole pairs: what is assumed of unknown pairs.
+    assert unknown.lower == pytest.approx(known.lower, abs=0.2)
+    records = [record("mme", 390, "none"), record("mme", 380)]
+    options = GateOptions(min_recovery=90)
+    unknown = compare(records, records, options).checks[-1]
+    records = [replace(item, arrays=clusters) for item in records]
+    known = compare(records, records, options).checks[-1]
+    assert (unknown.lower, unknown.upper) == (pytest.approx(known.lower, abs=0.2), pytest.approx(known.upper, abs=0.2))
+
+
 def test_a_failed_candidate_fails_and_a_failed_baseline_makes_it_new() -> None:
     other = record("mme")
     report = compare([record(), other], [failed_record(), other])
@@ -116,8 +131,8 @@ def test_perplexity_is_compared_by_its_relative_increase() -> None:
 
 
 def test_bonferroni_asks_for_more_of_each_check() -> None:
-    baseline = [record(task) for task in ("textvqa", "mme", "docvqa")]
-    candidate = [record(task, 309) for task in ("textvqa", "mme", "docvqa")]
+    baseline = [record(task) for task in ("textvqa", "ocrbench", "docvqa")]
+    candidate = [record(task, 309) for task in ("textvqa", "ocrbench", "docvqa")]
     alone = compare(baseline, candidate)
     together = compare(baseline, candidate, GateOptions(correction=Correction.BONFERRONI))
     assert together.confidence_per_check == pytest.approx(1 - 0.05 / 3)
@@ -372,9 +387,10 @@ def test_notes() -> None:
     packages = ({"packages": {"torch": version}} for version in ("2.13.0", "2.14.0"))
     one, two = (record("mme", environment=said) for said in packages)
     notes = " | ".join(compare([one], [two]).notes)
+    assert "rows of one image are taken as independent" in " | ".join(compare([record()], [record()]).notes)
     for expected in (
         "mme: the loss counts single answers",
-        "rows of one image",
+        "mme: two rows share each image",
         "prompts are not",
         "torch 2.13.0 -> 2.14.0",
     ):
