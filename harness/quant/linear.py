@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +11,9 @@ from torch.nn import functional as F
 
 from mqbench.harness.quant.activation import InputQuantizer
 from mqbench.harness.quant.scheme import QuantArgs
+
+if TYPE_CHECKING:
+    from mqbench.harness.quant.integer import IntegerWeight
 
 Transform = Callable[[Tensor], Tensor]
 
@@ -39,6 +43,8 @@ class QuantLinear(nn.Module):
         weight_scale: (out_features, groups) scales of the rounded weight, or None while it is in floating point.
         weight_zero_point: Zero points of an asymmetric grid, same shape, or None.
         weight_args: Grid of the rounded weight, or None while the weight is in floating point.
+        integer: The weight in integers and what computes with it (see ``integer.use_integer_backend``); ``weight`` is
+            then not in memory, and reads as NaN. None while the layer is simulated.
     """
 
     x0_weight: Tensor | None
@@ -58,6 +64,7 @@ class QuantLinear(nn.Module):
         self.register_buffer("weight_zero_point", None)
         self.weight_args: QuantArgs | None = None
         self.x0_bypass = False
+        self.integer: IntegerWeight | None = None
 
     @classmethod
     def from_module(cls, module: nn.Module, name: str) -> QuantLinear:
@@ -102,6 +109,8 @@ class QuantLinear(nn.Module):
         return x if self.x0_weight is None else _without_channel0(x)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.integer is not None:
+            return self.integer(self, x)
         x, x0 = self.prepare_input(x)
         if self.input_quantizer is not None:
             x = self.input_quantizer(x)
@@ -118,7 +127,7 @@ class QuantLinear(nn.Module):
 
     def extra_repr(self) -> str:
         bits = "float" if self.weight_num_bits is None else f"W{self.weight_num_bits}"
-        return f"{self.in_features} -> {self.out_features}, {bits}"
+        return f"{self.in_features} -> {self.out_features}, {bits}{'' if self.integer is None else ', integer'}"
 
 
 def wrap_linears(model: nn.Module, names: list[str]) -> dict[str, QuantLinear]:

@@ -25,10 +25,20 @@ class ModalityContext:
     def __init__(self) -> None:
         self.visual: Tensor | None = None
         self.valid: Tensor | None = None
+        self._indexed: tuple[Tensor, Tensor] | None = None
+
+    def row_index(self) -> Tensor | None:
+        """``visual`` as (B * T,) uint8, 1 at visual rows; computed once per mask, for all linears of a pass."""
+        if self.visual is None:
+            return None
+        if self._indexed is None or self._indexed[0] is not self.visual:
+            self._indexed = self.visual, self.visual.reshape(-1).to(torch.uint8)
+        return self._indexed[1]
 
     def clear(self) -> None:
         self.visual = None
         self.valid = None
+        self._indexed = None
 
 
 class _Removable(Protocol):

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from mqbench.harness.errors import LayoutError, MissingWeightsError, MQBenchError, OutputError
 from mqbench.harness.quant.activation import InputQuantizer
+from mqbench.harness.quant.integer import quant_linears, simulated_weights
 from mqbench.harness.quant.kv_cache import activate_kv_quantizers
 from mqbench.harness.quant.layout import Layout, Part
 from mqbench.harness.quant.linear import QuantLinear, wrap_linears
@@ -29,7 +30,7 @@ from mqbench.harness.quant.modality import ModalityContext, track_modality
 from mqbench.harness.quant.scheme import QuantArgs, Recipe, Strategy, Tokens
 from mqbench.harness.quant.session import LayerReport, QuantReport
 from mqbench.harness.quant.transforms import MODULES, build_module
-from mqbench.harness.quant.weight import WeightGrid, dequantize, group_index, round_to_levels
+from mqbench.harness.quant.weight import WeightGrid, dequantize, exact_levels
 
 if TYPE_CHECKING:
     from mqbench.harness.models.adapter import LoadedModel
@@ -58,17 +59,21 @@ class SavedModel:
 def save_quantized(model: nn.Module, report: QuantReport, recipe: Recipe, directory: Path, base_model: str) -> None:
     """Writes a quantized model. The structure file comes last, so a folder that has it is complete.
 
+    What it writes does not depend on the backend that the model runs on.
+
     Raises:
         OutputError: the folder cannot be written.
     """
-    tensors, tied = _model_tensors(model)
+    with simulated_weights(model):
+        tensors, tied = _model_tensors(model)
+        linears = {name: _describe(linear, tensors) for name, linear in quant_linears(model).items()}
     structure = {
         "format_version": FORMAT_VERSION,
         "base_model": base_model,
         "recipe": asdict(recipe) | {"options": dict(recipe.options)},
         "report": asdict(report),
         "modules": _replaced_modules(model),
-        "linears": {name: _describe(linear, tensors) for name, linear in _quant_linears(model).items()},
+        "linears": linears,
         "tied": tied,
     }
     text = json.dumps(structure, indent=1, sort_keys=True)
@@ -150,14 +155,10 @@ def unpack_levels(packed: Tensor, args: QuantArgs, shape: tuple[int, int]) -> Te
     return packed.to(torch.int32).view(shape) + args.quant_min
 
 
-def _quant_linears(model: nn.Module) -> dict[str, QuantLinear]:
-    return {name: module for name, module in model.named_modules() if isinstance(module, QuantLinear)}
-
-
 def _replaced_modules(model: nn.Module) -> dict[str, dict[str, Any]]:
     """Configs of the modules that a method put in place of others (online transforms belong to their linear)."""
     kinds = tuple(MODULES.values())
-    inside = {id(part) for linear in _quant_linears(model).values() for part in linear.modules()}
+    inside = {id(part) for linear in quant_linears(model).values() for part in linear.modules()}
     named = {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
     return {name: module.config() for name, module in named.items() if id(module) not in inside}  # type: ignore[operator]
 
@@ -176,7 +177,7 @@ def _describe(linear: QuantLinear, tensors: dict[str, Tensor]) -> dict[str, Any]
     transform, quantizer, args = linear.input_transform, linear.input_quantizer, linear.weight_args
     if transform is not None and not isinstance(transform, tuple(MODULES.values())):
         raise MQBenchError(f"the input transform of '{linear.name}' cannot be saved; add it to transforms.MODULES")
-    levels = None if args is None else _exact_levels(linear, args)
+    levels = exact_levels(linear)
     if levels is not None and args is not None:
         del tensors[f"{linear.name}.weight"]
         tensors[linear.name + LEVELS_SUFFIX] = pack_levels(levels.cpu(), args)
@@ -188,14 +189,6 @@ def _describe(linear: QuantLinear, tensors: dict[str, Tensor]) -> dict[str, Any]
         "activations": None if quantizer is None else asdict(quantizer.args) | {"tokens": quantizer.tokens},
         "x0_bypass": linear.x0_bypass,
     }
-
-
-def _exact_levels(linear: QuantLinear, args: QuantArgs) -> Tensor | None:
-    """Integer levels that give the weight back to the last bit; None when a later step moved it off its grid."""
-    grid = _grid(linear)
-    scale, zero_point = grid.columns(group_index(linear.in_features, args, linear.weight.device))
-    levels = round_to_levels(linear.weight.detach().to(scale.dtype), scale, zero_point, args).to(torch.int32)
-    return levels if torch.equal(dequantize(levels, grid, args, linear.weight.dtype), linear.weight) else None
 
 
 def _rebuild_linear(

@@ -111,6 +111,20 @@ def dequantize(levels: Tensor, grid: WeightGrid, args: QuantArgs, dtype: torch.d
     return ((wide if zero_point is None else wide - zero_point) * scale).to(dtype)
 
 
+def exact_levels(linear: QuantLinear) -> Tensor | None:
+    """Integer levels, int32, that give the rounded weight of a linear back to the last bit.
+
+    None when the weight is in floating point, or a later step moved it off its grid.
+    """
+    args, weight_grid = linear.weight_args, linear.weight_scale
+    if args is None or weight_grid is None:
+        return None
+    grid = WeightGrid(weight_grid, linear.weight_zero_point)
+    scale, zero_point = grid.columns(group_index(linear.in_features, args, linear.weight.device))
+    levels = round_to_levels(linear.weight.detach().to(scale.dtype), scale, zero_point, args).to(torch.int32)
+    return levels if torch.equal(dequantize(levels, grid, args, linear.weight.dtype), linear.weight) else None
+
+
 def round_to_nearest(weight: Tensor, args: QuantArgs, clip: str = Clip.MINMAX, name: str = "weight") -> RoundedWeight:
     """Rounds a weight to its grid.
 
