@@ -43,6 +43,9 @@ DataDir = Annotated[
 ]
 Device = Annotated[str, typer.Option(help="cpu, cuda (every GPU) or cuda:N.")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16; auto: float32 on cpu, bfloat16 on cuda.")]
+Backend = Annotated[
+    str, typer.Option(help="simulated, or integer: int8 and packed 4-bit weights, integer matrix products.")
+]
 Seed = Annotated[int, typer.Option(help="Seed of the calibration draw and of rotations.")]
 CalibSamples = Annotated[int, typer.Option(help="Calibration samples.")]
 CalibSplit = Annotated[str, typer.Option(help="Calibration data: 'mixed', or one benchmark's name.")]
@@ -76,6 +79,7 @@ def evaluate(
     calib_split: CalibSplit = "mixed",
     device: Device = "cpu",
     dtype: Dtype = "auto",
+    backend: Backend = "simulated",
     out: Out = DEFAULT_OUT,
     data_dir: DataDir = None,
     models_dir: ModelsDir = None,
@@ -115,6 +119,7 @@ def evaluate(
         calib_split=calib_split,
         device=device,
         dtype=dtype,
+        backend=backend,
         out=out,
         data_dir=data_dir,
         models_dir=models_dir,

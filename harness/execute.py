@@ -12,6 +12,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from mqbench.harness import discover, environment
+from mqbench.harness.backend import backend_of, choose_backend, layers_of
 from mqbench.harness.errors import DatasetError, MissingWeightsError, MQBenchError, RequestError
 from mqbench.harness.inputs import modality_of_adapter
 from mqbench.harness.plan import Group
@@ -25,6 +26,7 @@ from mqbench.harness.tasks import Needs, TaskKind, TaskResult, task_info
 if TYPE_CHECKING:
     from mqbench.harness.datasets.files import TaskData
     from mqbench.harness.models.adapter import LoadedModel, ModelAdapter
+    from mqbench.harness.quant.integer import BackendReport
     from mqbench.harness.quant.session import Batch, QuantReport
 
 EVALUATOR = "mqbench.harness.evaluate"
@@ -57,12 +59,14 @@ class Ready:
     Attributes:
         report: What quantization did; None for the float baseline.
         quantize_s: Seconds that it took.
+        integers: What runs in integers; None under the simulated backend.
     """
 
     loaded: LoadedModel
     adapter: ModelAdapter
     report: QuantReport | None
     quantize_s: float
+    integers: BackendReport | None = None
 
 
 @dataclass(frozen=True)
@@ -123,7 +127,8 @@ class Executor:
         quantize_s = time.perf_counter() - started
         if group.needs_calibration and group.calibration is not None:
             self.notify(Advanced(group.calibration.num_samples))
-        return Ready(loaded, discover.find_model(group.source.model), report, quantize_s)
+        integers = choose_backend(loaded, group)
+        return Ready(loaded, discover.find_model(group.source.model), report, quantize_s, integers)
 
     def quantize(self, loaded: LoadedModel, group: Group) -> QuantReport | None:
         """Quantizes in place, or puts back what was quantized before; None for the float baseline."""
@@ -201,7 +206,8 @@ class Executor:
             samples=measured.result.samples,
             arrays=measured.result.arrays,
             prompts_sha256=measured.prompts_sha256,
-            environment=environment.describe(attention_of(ready.loaded)),
+            environment=environment.describe(attention_of(ready.loaded)) | layers_of(ready.integers),
+            backend=backend_of(ready.integers),
             quantize_s=round(ready.quantize_s, 3),
         )
         self.store.append(record)
@@ -232,7 +238,8 @@ class Executor:
         scored = self.evaluate.score(data.task, data, answers, folder)
         samples = tuple(Sample(index, text, scored.hits.get(index)) for index, text in answers.items())
         prompts = self.evaluate.prompts_sha256(data.task, data, loaded.layout.family)
-        return Measured(TaskResult(scored.score, scored.metrics, samples), prompts)
+        arrays = {"cluster": image_numbers(data)}
+        return Measured(TaskResult(scored.score, scored.metrics, samples, arrays), prompts)
 
     def _perplexity(self, ready: Ready, cell: Cell) -> Measured:
         from mqbench.harness.datasets.text import load_corpus, load_windows
@@ -294,6 +301,13 @@ class Executor:
         record = failure(cell, reason_of(error), _started_at(started), time.perf_counter() - started, attention)
         self.store.append(record)
         self.notify(Finished(cell.key, cell.label, None, record.reason))
+
+
+def image_numbers(data: TaskData) -> list[float]:
+    """A number per row, the same for rows with the same images: such rows are no independent evidence."""
+    numbers: dict[Any, float] = {}
+    rows = enumerate(data.frame["images"])
+    return [numbers.setdefault(images or ("row", row), float(len(numbers))) for row, images in rows]
 
 
 def _require_unchanged(found: str, planned: str, what: str) -> None:

@@ -10,7 +10,7 @@ from mqbench.harness import discover
 from mqbench.harness.errors import RequestError
 from mqbench.harness.inputs import Inputs, TaskInput, modality_of
 from mqbench.harness.quant.scheme import Recipe
-from mqbench.harness.record import CalibrationInfo, Cell, Record
+from mqbench.harness.record import INTEGER, SIMULATED, CalibrationInfo, Cell, Record
 from mqbench.harness.request import Request, check_device, recipes_of, resolve_bits, resolve_methods
 from mqbench.harness.select import FLOAT_METHOD
 from mqbench.harness.sources import ALL, Source, Sources, find_sources
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from mqbench.harness.quant.session import Quantizer
 
 FLOAT_RECIPE = Recipe(FLOAT_METHOD)
+GroupKey = tuple[str, str, CalibrationInfo | None, str]
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class Group:
     recipe: Recipe
     calibration: CalibrationInfo | None
     cells: tuple[Cell, ...] = ()
+    backend: str = SIMULATED
 
     @property
     def needs_calibration(self) -> bool:
@@ -97,7 +99,7 @@ def expand_all(requests: Sequence[Request]) -> Plan:
     wanted = [_wanted(request) for request in requests]
     store = RecordStore(requests[0].out)
     store.prepare()
-    groups: dict[tuple[str, str, CalibrationInfo | None], Group] = {}
+    groups: dict[GroupKey, Group] = {}
     num_rows: dict[str, int] = {}
     missing: dict[str, str] = {}
     for one in wanted:
@@ -125,6 +127,8 @@ def _wanted(request: Request) -> _Wanted:
     for info in infos:
         if info.kind is TaskKind.BLUEPRINT:
             raise RequestError(f"task '{info.name}' reads no weights; compute it with 'mqbench run --plan'")
+        if info.kind is TaskKind.PROBE and request.backend == INTEGER:
+            raise RequestError(f"task '{info.name}' looks at float weights; leave --backend {INTEGER} out")
     recipes = recipes_of(request, methods, pairs)
     return _Wanted(request, infos, {method.name: method for method in methods}, recipes, check_device(request))
 
@@ -167,7 +171,7 @@ def _groups_of(
             _cell(source, recipe, version, calibration, info, read, wanted) for info, read in fitting.items()
         )
         num_rows.update({cell.key: read.num_rows for cell, read in zip(cells, fitting.values(), strict=True)})
-        return Group(source, recipe, calibration, cells)
+        return Group(source, recipe, calibration, cells, _backend_of(recipe, wanted))
 
     if source.recipe is not None and source.provenance is not None:
         return [group(source.recipe, source.provenance.method_version, source.provenance.calibration)]
@@ -208,7 +212,13 @@ def _cell(
         device=wanted.device,
         dtype=wanted.request.torch_dtype,
         batch_size=wanted.request.batch_size,
+        backend=_backend_of(recipe, wanted),
     )
+
+
+def _backend_of(recipe: Recipe, wanted: _Wanted) -> str:
+    """The float baseline has nothing to run in integers: it is the same cell under every backend."""
+    return SIMULATED if recipe.method == FLOAT_METHOD else wanted.request.backend
 
 
 def needs_data(method: Quantizer, recipe: Recipe) -> bool:
@@ -217,9 +227,10 @@ def needs_data(method: Quantizer, recipe: Recipe) -> bool:
     return True if asks is None else bool(asks(recipe))
 
 
-def _merge(groups: dict[tuple[str, str, CalibrationInfo | None], Group], new: Group) -> None:
+def _merge(groups: dict[GroupKey, Group], new: Group) -> None:
     """Adds a group, or its cells to the group of the same quantized model."""
-    key = new.source.label, f"{new.recipe.bits} {new.recipe.label} {new.recipe.seed}", new.calibration
+    recipe = f"{new.recipe.bits} {new.recipe.label} {new.recipe.seed}"
+    key = new.source.label, recipe, new.calibration, new.backend
     old = groups.setdefault(key, replace(new, cells=()))
     known = {cell.key for cell in old.cells}
     groups[key] = replace(old, cells=(*old.cells, *(cell for cell in new.cells if cell.key not in known)))

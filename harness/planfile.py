@@ -30,7 +30,14 @@ from mqbench.harness.sources import ALL
 from mqbench.harness.tasks import TaskKind, find_infos
 
 LISTS = ("models", "methods", "tasks", "bits")
-SINGLE: Mapping[str, type] = {"limit": int, "seed": int, "calib_samples": int, "calib_split": str, "options": dict}
+SINGLE: Mapping[str, type] = {
+    "limit": int,
+    "seed": int,
+    "calib_samples": int,
+    "calib_split": str,
+    "backend": str,
+    "options": dict,
+}
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from typing import Any
 from mqbench.harness.errors import RecordError
 from mqbench.harness.quant.scheme import Recipe
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 """Version of the JSON form of a ``Record``; raised when a field is added, renamed or changes its meaning."""
 
 ADDED_FIELDS: Mapping[int, Mapping[str, Any]] = MappingProxyType({2: {"arrays": {}, "prompts_sha256": ""}})
@@ -27,10 +27,15 @@ class Status(StrEnum):
 
 
 class Backend(StrEnum):
-    """How quantized layers were computed: floating point on the integer grid, or integer kernels."""
+    """How quantized layers were computed: floating point on the integer grid, integer kernels, or some of each."""
 
     SIMULATED = "simulated"
     REAL = "real"
+    MIXED = "mixed"
+
+
+SIMULATED, INTEGER = "simulated", "integer"
+"""Backends that a user can ask for."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +73,8 @@ class Cell:
         device: Kind of device: ``cpu`` or the GPU's name.
         dtype: Floating-point type, as torch spells it.
         batch_size: Prompts per forward pass (it changes the order of floating-point sums).
+        backend: What was asked for, ``simulated`` or ``integer``; the JSON form leaves ``simulated`` out, so that keys
+            from before there was a choice stay as they are.
     """
 
     model: str
@@ -81,6 +88,7 @@ class Cell:
     device: str
     dtype: str
     batch_size: int
+    backend: str = SIMULATED
 
     @property
     def key(self) -> str:
@@ -95,6 +103,8 @@ class Cell:
     def to_json(self) -> dict[str, Any]:
         calibration = None if self.calibration is None else asdict(self.calibration)
         shallow = {item.name: getattr(self, item.name) for item in fields(self)}
+        if self.backend == SIMULATED:
+            del shallow["backend"]
         return shallow | {"recipe": recipe_to_json(self.recipe), "calibration": calibration}
 
     @classmethod
@@ -104,6 +114,7 @@ class Cell:
         Raises:
             RecordError: a field is missing, unknown or of the wrong type.
         """
+        data = {"backend": SIMULATED} | dict(data) if isinstance(data, Mapping) else data
         _check_fields("cell", data, cls)
         calibration = data["calibration"]
         if calibration is not None:
@@ -135,7 +146,7 @@ class Record:
         arrays: Series of numbers for figures, by name.
         prompts_sha256: Hash of the prompts as the model got them; empty where there are none, or none was kept.
         environment: See ``environment.describe``.
-        backend: Simulated or real integer computation.
+        backend: How it was computed. That of an ok record is ``simulated`` exactly when its cell's is.
         started_at: ISO 8601, UTC.
         duration_s: Evaluation of this cell, without loading and quantizing.
         quantize_s: Quantization of the model, shared by all cells of the same model and recipe.

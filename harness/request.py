@@ -13,6 +13,7 @@ from mqbench.harness.environment import device_kind
 from mqbench.harness.errors import RequestError, UnknownNameError
 from mqbench.harness.quant.options import check_options, declared_defaults
 from mqbench.harness.quant.scheme import Recipe, parse_bits
+from mqbench.harness.record import INTEGER, SIMULATED
 from mqbench.harness.select import FLOAT_METHOD
 from mqbench.harness.store import DEFAULT_OUT
 
@@ -23,6 +24,7 @@ TABLE3_METHODS = ("rtn", "smoothquant", "quarot", "mquant")
 TABLE3_BITS = ("w8a8/w4a8", "w4a8/w4a8")
 AUTO = "auto"
 DTYPES = ("float32", "bfloat16", "float16")
+BACKENDS = (SIMULATED, INTEGER)
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,7 @@ class Request:
     calib_split: str = "mixed"
     device: str = "cpu"
     dtype: str = AUTO
+    backend: str = SIMULATED
     out: Path = DEFAULT_OUT
     data_dir: Path | None = None
     models_dir: Path | None = None
@@ -86,11 +89,13 @@ def check_device(request: Request) -> str:
     """The device's kind.
 
     Raises:
-        UnknownNameError: no such dtype.
+        UnknownNameError: no such dtype or backend.
         RequestError: a number that makes no sense, or a device that torch cannot use.
     """
     if request.dtype not in (AUTO, *DTYPES):
         raise UnknownNameError("dtype", request.dtype, (AUTO, *DTYPES))
+    if request.backend not in BACKENDS:
+        raise UnknownNameError("backend", request.backend, BACKENDS)
     for name, value in (("--batch-size", request.batch_size), ("--jobs", request.jobs), ("--limit", request.limit)):
         if value is not None and value < 1:
             raise RequestError(f"{name} must be at least 1, got {value}")

@@ -9,7 +9,11 @@ from mqbench.harness.select import FLOAT_METHOD
 from mqbench.harness.table_spec import TableSpec
 from mqbench.harness.tasks import TaskKind, task_info
 
-BACKENDS = {Backend.SIMULATED: "simulated (quantize-dequantize)", Backend.REAL: "integer kernels"}
+BACKENDS = {
+    Backend.SIMULATED: "simulated (quantize-dequantize)",
+    Backend.REAL: "integer kernels",
+    Backend.MIXED: "integer kernels, some simulated",
+}
 STANDIN_PREFIX = "standin"
 STANDIN_NOTE = " (a synthetic stand-in: no evidence about real checkpoints)"
 MEASURE_COMMAND = "mqbench run --plan results/plans/paper.toml"

@@ -35,6 +35,7 @@ CHANGES: list[dict[str, Any]] = [
     {"device": "NVIDIA H100"},
     {"dtype": "bfloat16"},
     {"batch_size": 1},
+    {"backend": "integer"},
 ]
 
 
