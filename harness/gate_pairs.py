@@ -151,7 +151,7 @@ def compared_settings(record: Record) -> dict[str, Any]:
     environment, flat = record.environment, settings_of(record)
     packages = environment.get("packages") or {}
     said = {
-        "prompts_sha256": environment.get("prompts_sha256"),
+        "prompts_sha256": record.prompts_sha256 or None,
         "vlmeval_version": packages.get("ms-vlmeval"),
         "attention": environment.get("attention"),
     }

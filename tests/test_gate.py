@@ -301,14 +301,15 @@ def test_the_first_difference_in_order_is_named() -> None:
         compare([record()], [other])
 
 
-def environment(**said: str) -> dict[str, Any]:
+def saying(**said: str) -> Record:
     packages = {"ms-vlmeval": said.pop("vlmeval_version")} if "vlmeval_version" in said else {}
-    return {"packages": packages, **said}
+    prompts = said.pop("prompts_sha256", "")
+    return record(prompts_sha256=prompts, environment={"packages": packages, **said})
 
 
 @pytest.mark.parametrize("setting", ENVIRONMENT_SETTINGS)
 def test_prompts_scorer_and_attention_must_be_equal_where_they_are_known(setting: str) -> None:
-    one, two = (record(environment=environment(**{setting: value})) for value in ("first", "second"))
+    one, two = (saying(**{setting: value}) for value in ("first", "second"))
     with pytest.raises(GateError, match=f"differ in {setting} \\(baseline first, candidate second\\)"):
         compare([one], [two])
     assert only(record(), two).verdict is Verdict.PASS
@@ -395,7 +396,7 @@ def test_notes() -> None:
         "torch 2.13.0 -> 2.14.0",
     ):
         assert expected in notes
-    known = record(environment={"prompts_sha256": "p"}, arrays={"cluster": [float(row) for row in range(400)]})
+    known = record(prompts_sha256="p", arrays={"cluster": [float(row) for row in range(400)]})
     assert compare([known], [known]).notes == ()
 
 
