@@ -310,13 +310,6 @@ def image_numbers(data: TaskData) -> list[float]:
     return [numbers.setdefault(images or ("row", row), float(len(numbers))) for row, images in rows]
 
 
-def image_numbers(data: TaskData) -> list[float]:
-    """A number per row, the same for rows with the same images: such rows are no independent evidence."""
-    numbers: dict[Any, float] = {}
-    rows = enumerate(data.frame["images"])
-    return [numbers.setdefault(images or ("row", row), float(len(numbers))) for row, images in rows]
-
-
 def _require_unchanged(found: str, planned: str, what: str) -> None:
     if found != planned:
         raise DatasetError(f"{what} changed while the run was under way; run again")
