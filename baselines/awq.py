@@ -15,12 +15,14 @@ from dataclasses import replace
 from mqbench.baselines import awq_clip, awq_scale
 from mqbench.baselines.awq_clip import round_weights_clipped
 from mqbench.baselines.awq_scale import scale_channels
+from mqbench.harness.quant import kv_cache
 from mqbench.harness.quant.calibrate import (
     ACTIVATION_OPTIONS,
     ZERO_POINT,
     attach_input_quantizers,
     calibrate_activations,
 )
+from mqbench.harness.quant.kv_cache import kv_cache_steps
 from mqbench.harness.quant.method import StepMethod
 from mqbench.harness.quant.scheme import Recipe
 from mqbench.harness.quant.session import Step
@@ -28,7 +30,8 @@ from mqbench.harness.quant.session import Step
 
 def awq_steps(recipe: Recipe) -> Sequence[Step]:
     """Scale, round inside clipped ranges, calibrate."""
-    return (scale_channels, round_weights_clipped, attach_input_quantizers, calibrate_activations)
+    weights = (scale_channels, round_weights_clipped)
+    return (*weights, attach_input_quantizers, calibrate_activations, *kv_cache_steps(recipe))
 
 
 METHOD = StepMethod(
@@ -37,5 +40,11 @@ METHOD = StepMethod(
     summary="channels of large inputs scaled up, ranges clipped, asymmetric round-to-nearest weights",
     steps=awq_steps,
     uses_data=True,
-    options=(*awq_scale.OPTIONS, *awq_clip.OPTIONS, replace(ZERO_POINT, default=True), *ACTIVATION_OPTIONS),
+    options=(
+        *awq_scale.OPTIONS,
+        *awq_clip.OPTIONS,
+        replace(ZERO_POINT, default=True),
+        *ACTIVATION_OPTIONS,
+        *kv_cache.OPTIONS,
+    ),
 )

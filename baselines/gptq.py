@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from mqbench.harness.errors import CalibrationError, NonFiniteError
+from mqbench.harness.quant import kv_cache
 from mqbench.harness.quant.calibrate import (
     ACTIVATION_OPTIONS,
     WEIGHT_CLIP,
@@ -22,6 +23,7 @@ from mqbench.harness.quant.calibrate import (
     store_and_report,
 )
 from mqbench.harness.quant.capture import Replay, visit_groups
+from mqbench.harness.quant.kv_cache import kv_cache_steps
 from mqbench.harness.quant.method import StepMethod
 from mqbench.harness.quant.options import Option
 from mqbench.harness.quant.scheme import QuantArgs, Recipe
@@ -202,7 +204,7 @@ def _round_block(
 
 def gptq_steps(recipe: Recipe) -> Sequence[Step]:
     """Round with GPTQ, calibrate."""
-    return (round_weights_gptq, attach_input_quantizers, calibrate_activations)
+    return (round_weights_gptq, attach_input_quantizers, calibrate_activations, *kv_cache_steps(recipe))
 
 
 METHOD = StepMethod(
@@ -211,5 +213,5 @@ METHOD = StepMethod(
     summary="GPTQ weights without any transform; static per-tensor activations where they are rounded",
     steps=gptq_steps,
     uses_data=True,
-    options=(*OPTIONS, *ACTIVATION_OPTIONS),
+    options=(*OPTIONS, *ACTIVATION_OPTIONS, *kv_cache.OPTIONS),
 )

@@ -15,6 +15,8 @@ from transformers.models.llama import modeling_llama
 
 from fakes import tiny_llama, tiny_qwen2_vl
 from fakes.sessions import session_for
+from mqbench.baselines.awq import METHOD as AWQ
+from mqbench.baselines.gptq import METHOD as GPTQ
 from mqbench.baselines.quarot import METHOD as QUAROT
 from mqbench.baselines.rtn import METHOD as RTN
 from mqbench.baselines.smoothquant import METHOD as SMOOTHQUANT
@@ -36,7 +38,7 @@ from mqbench.harness.quant.transforms import build_module
 from mqbench.mquant.mquant import METHOD as MQUANT
 
 FAMILIES = pytest.mark.parametrize("tiny", [tiny_llama, tiny_qwen2_vl], ids=["llama", "qwen2_vl"])
-METHODS = pytest.mark.parametrize("method", [RTN, SMOOTHQUANT, QUAROT, MQUANT], ids=lambda method: method.name)
+METHODS = pytest.mark.parametrize("method", [RTN, SMOOTHQUANT, GPTQ, AWQ, QUAROT, MQUANT], ids=lambda method: method.name)
 
 
 def batch_for(tiny: ModuleType, model: nn.Module, seed: int = 0) -> dict[str, Tensor]:
