@@ -247,16 +247,13 @@ def test_model_card_says_first_that_it_is_synthetic() -> None:
 
 @torch.no_grad()
 def test_shipped_model_reads_held_out_text() -> None:
-    """Its perplexity is that of the training curve's end, and it copies names that it cannot know."""
+    """Its perplexity is that of the training curve's end (3.8)."""
     adapter = next(adapter for adapter in ADAPTERS if adapter.name == "standin-llama")
     path = adapter.find_weights(None)
     assert path == SHIPPED
     loaded = adapter.load(path, "cpu", torch.float32)
     rows = make_rows(loaded.processor, "shipped", 8)
-    assert math.exp(float(loaded.model(input_ids=rows, labels=rows).loss)) < 4.6
-    prompt = " The Quoxley River flows past Zimbury and Farnol . Zimbury lies on the north side of the"
-    (said,) = adapter.generate(loaded, adapter.encode(loaded, [[{"type": "text", "value": prompt}]]), 6)
-    assert said.startswith(" Quoxley")
+    assert math.exp(float(loaded.model(input_ids=rows, labels=rows).loss)) < 4.1
 
 
 def test_commands_make_corpus_and_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
