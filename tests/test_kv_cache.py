@@ -38,7 +38,8 @@ from mqbench.harness.quant.transforms import build_module
 from mqbench.mquant.mquant import METHOD as MQUANT
 
 FAMILIES = pytest.mark.parametrize("tiny", [tiny_llama, tiny_qwen2_vl], ids=["llama", "qwen2_vl"])
-METHODS = pytest.mark.parametrize("method", [RTN, SMOOTHQUANT, GPTQ, AWQ, QUAROT, MQUANT], ids=lambda method: method.name)
+ALL = (RTN, SMOOTHQUANT, GPTQ, AWQ, QUAROT, MQUANT)
+METHODS = pytest.mark.parametrize("method", ALL, ids=lambda method: method.name)
 
 
 def batch_for(tiny: ModuleType, model: nn.Module, seed: int = 0) -> dict[str, Tensor]:
