@@ -33,7 +33,7 @@ norm, value heads of different ranges, large channels at down_proj's input, and 
 way. `loss.csv` and `loss.png` show the training: nats per token, also over held-out text.
 
 What it has not learnt in so short a training: to repeat a name that stands earlier in the text (a new name costs 8.9
-nats, the same name again 8.9). Damage to long-range attention, such as a coarse key/value cache, therefore shows little.
+nats, the same name again 8.9). Damage to long-range attention, as by a coarse key/value cache, may show little here.
 
 Made by `mqbench standin-text train` and `mqbench standin-text build`.
 
