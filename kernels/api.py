@@ -4,7 +4,7 @@ Levels are symmetric: ``clamp(round_half_to_even(x / scale), -2^(b-1), 2^(b-1) -
 float32. ``scale`` is a static scale, (1,) for all rows or (S,) with ``row_index`` (M,) uint8 below S saying whose a row
 is (MSQ: 0 text, 1 visual); ``scale=None`` is one dynamic scale per row (token), ``amax / (2^(b-1) - 1)``, 1 for a row
 of zeros. NaN becomes level 0 under a static scale and makes a per-token scale NaN. All tensors are contiguous and on
-one device; M may be 0.
+one device; M may be 0. On the CPU float64 may stand in for float32, scales included, and is then computed in.
 
 Every function raises TypeError (another dtype) or ValueError (another shape or device, not contiguous, a number out of
 range), and the message names the argument. None of them is differentiable.

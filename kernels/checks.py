@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-"""Floating-point types that the kernels read and write."""
+"""Floating-point types that the kernels read and write; on the CPU float64 passes wherever float32 does."""
 
 MIN_BITS, MAX_BITS = 2, 8
 
@@ -63,12 +63,12 @@ def check_vector(
 
 
 def check_dtype(name: str, x: Tensor, dtypes: Sequence[torch.dtype]) -> None:
-    """Raises ``TypeError`` unless ``x`` is a tensor of one of ``dtypes``."""
-    expected = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+    """Raises ``TypeError`` unless ``x`` is a tensor of one of ``dtypes``; on the CPU float64 counts as float32."""
+    expected = " or ".join(map(_named, dtypes))
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a {expected} tensor, got {type(x).__name__}")
-    if x.dtype not in dtypes:
-        raise TypeError(f"{name} must be {expected}, got {str(x.dtype).removeprefix('torch.')}")
+    if x.dtype not in dtypes and not (_is_cpu_float64(x.dtype, x) and torch.float32 in dtypes):
+        raise TypeError(f"{name} must be {expected}, got {_named(x.dtype)}")
 
 
 def check_num_bits(num_bits: int) -> None:
@@ -145,8 +145,8 @@ def check_epilogue(
     if x0 is not None and w0 is not None:
         check_vector("x0", x0, FLOAT_DTYPES, (num_rows,), like=x_q)
         check_vector("w0", w0, FLOAT_DTYPES, (num_out,), like=x_q)
-    if out_dtype not in FLOAT_DTYPES:
-        raise TypeError(f"out_dtype must be float16, bfloat16 or float32, got {str(out_dtype).removeprefix('torch.')}")
+    if out_dtype not in FLOAT_DTYPES and not _is_cpu_float64(out_dtype, x_q):
+        raise TypeError(f"out_dtype must be float16, bfloat16 or float32, got {_named(out_dtype)}")
 
 
 def _check_placement(name: str, x: Tensor, like: Tensor | None) -> None:
@@ -154,6 +154,14 @@ def _check_placement(name: str, x: Tensor, like: Tensor | None) -> None:
         raise ValueError(f"{name} must be on {like.device} as the other arguments, got {x.device}")
     if not x.is_contiguous():
         raise ValueError(f"{name} must be contiguous, got strides {x.stride()}; call .contiguous()")
+
+
+def _is_cpu_float64(dtype: torch.dtype, x: Tensor) -> bool:
+    return dtype == torch.float64 and x.device.type == "cpu"
+
+
+def _named(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _shown(size: int | None, free: str) -> str:

@@ -2,6 +2,9 @@
 
 Integer products are float32 matrix products over chunks of the inner dimension, short enough that every partial sum is
 a whole number below 2^24: exact whatever the order of summation, unlike oneDNN's int8, which saturates without VNNI.
+
+Where the operations say float32, float64 tensors are computed in float64: two backends that agree there compute the
+same function, and what they differ by in float32 is rounding.
 """
 
 from __future__ import annotations
@@ -29,8 +32,8 @@ def quantize_static(x: Tensor, scale: Tensor, row_index: Tensor | None, num_bits
 
 def quantize_token(x: Tensor, num_bits: int) -> tuple[Tensor, Tensor]:
     quant_max = 2 ** (num_bits - 1) - 1
-    amax = x.abs().amax(1).float() if x.shape[1] else x.new_zeros(len(x), dtype=torch.float32)
-    scale = amax / quant_max
+    amax = x.abs().amax(1) if x.shape[1] else x.new_zeros(len(x))
+    scale = _wide(amax) / quant_max
     scale = torch.where(scale == 0, 1.0, scale)  # not "> 0 keeps": a NaN must stay one
     return _to_levels(x, scale[:, None], num_bits), scale
 
@@ -45,7 +48,7 @@ def rms_norm_quantize(
     num_bits: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     total = x if residual is None else x + residual
-    wide = total.float()
+    wide = _wide(total)
     y = (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
     if weight is not None:
         y = y * weight
@@ -122,8 +125,8 @@ def weight_only_int4(
 def dequantize_int4(
     w_packed: Tensor, w_scale: Tensor, zero_point: Tensor | None, group_size: int, dtype: torch.dtype
 ) -> Tensor:
-    """(N, K) weight ``(level - zero_point) * scale`` in float32, rounded once to ``dtype``; on any device."""
-    levels = unpack_int4(w_packed).float()
+    """(N, K) weight ``(level - zero_point) * scale`` in the scale's dtype, rounded once to ``dtype``; on any device."""
+    levels = unpack_int4(w_packed).to(w_scale.dtype)
     group = torch.arange(levels.shape[1], device=levels.device) // group_size
     if zero_point is not None:
         levels -= zero_point[:, group]
@@ -149,7 +152,7 @@ def int_matmul(x_q: Tensor, w_q: Tensor, largest_weight: int) -> Tensor:
 def _quantize(y: Tensor, scale: Tensor | None, row_index: Tensor | None, num_bits: int) -> tuple[Tensor, Tensor]:
     if scale is None:
         return quantize_token(y, num_bits)
-    return quantize_static(y, scale, row_index, num_bits), scale.new_empty(0)
+    return quantize_static(y, scale, row_index, num_bits), _wide(y.new_empty(0))
 
 
 def _rows(scale: Tensor, row_index: Tensor | None) -> Tensor:
@@ -159,7 +162,8 @@ def _rows(scale: Tensor, row_index: Tensor | None) -> Tensor:
 
 def _to_levels(x: Tensor, scale: Tensor, num_bits: int) -> Tensor:
     largest = 2 ** (num_bits - 1)
-    levels = (x.float() / scale).round_().nan_to_num_(0.0, largest - 1, -largest)
+    wide = _wide(x)
+    levels = (wide / scale.to(wide.dtype)).round_().nan_to_num_(0.0, largest - 1, -largest)
     return levels.clamp_(-largest, largest - 1).to(torch.int8)
 
 
@@ -180,10 +184,16 @@ def _epilogue(
     out_dtype: torch.dtype,
 ) -> Tensor:
     """In float32, rounded once at the end."""
+    wide = torch.promote_types(out_dtype, torch.float32)
     rows = _rows(row_scale, row_index) if row_index is not None else row_scale[:, None]
-    y = accumulator.float().mul_(rows).mul_(w_scale)
+    y = accumulator.to(wide).mul_(rows).mul_(w_scale)
     if bias is not None:
-        y += bias.float()
+        y += bias
     if x0 is not None and w0 is not None:
-        y.addcmul_(x0.float()[:, None], w0.float())
+        y.addcmul_(x0[:, None].to(wide), w0.to(wide))
     return y.to(out_dtype)
+
+
+def _wide(x: Tensor) -> Tensor:
+    """At least float32."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))

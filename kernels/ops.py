@@ -70,7 +70,7 @@ def _int8_like(x: Tensor) -> Tensor:
 
 
 def _row_scale(x: Tensor, scale: Tensor | None) -> Tensor:
-    return x.new_empty(x.shape[0] if scale is None else 0, dtype=torch.float32)
+    return x.new_empty(x.shape[0] if scale is None else 0, dtype=torch.promote_types(x.dtype, torch.float32))
 
 
 def _fake_rms_norm_quantize(

@@ -24,7 +24,7 @@ def quantize_static(x: Tensor, scale: Tensor, row_index: Tensor | None = None, n
 
 def quantize_token(x: Tensor, num_bits: int = 8) -> tuple[Tensor, Tensor]:
     """(M, K) int8 and (M,) float32."""
-    scales = torch.tensor([_token_scale(row, num_bits) for row in x], dtype=torch.float32)
+    scales = torch.tensor([_token_scale(row, num_bits) for row in x], dtype=torch.promote_types(x.dtype, torch.float32))
     levels = [_levels(row, scale, num_bits) for row, scale in zip(x, scales, strict=True)]
     return torch.stack(levels) if levels else torch.empty(x.shape, dtype=torch.int8), scales
 
@@ -193,12 +193,17 @@ def weight_only_int4(
 
 
 def _levels(row: Tensor, scale: Tensor, num_bits: int) -> Tensor:
-    """(K,) int8; numpy divides in float32 and rounds half to even."""
+    """(K,) int8; numpy divides in float32 (float64 in its own) and rounds half to even."""
     largest = 2 ** (num_bits - 1)
-    levels = np.rint(row.float().numpy() / np.float32(scale.item()))
+    wide = _wide_array(row)
+    levels = np.rint(wide / wide.dtype.type(scale.item()))
     return torch.from_numpy(np.clip(np.nan_to_num(levels), -largest, largest - 1).astype(np.int8))
 
 
 def _token_scale(row: Tensor, num_bits: int) -> float:
-    amax = np.float32(row.float().abs().max().item())
-    return 1.0 if amax == 0 else float(amax / np.float32(2 ** (num_bits - 1) - 1))
+    amax = np.abs(_wide_array(row)).max()
+    return 1.0 if amax == 0 else float(amax / amax.dtype.type(2 ** (num_bits - 1) - 1))
+
+
+def _wide_array(row: Tensor) -> np.ndarray:
+    return row.to(torch.promote_types(row.dtype, torch.float32)).numpy()

@@ -54,8 +54,8 @@ class IntegerWeight(nn.Module):
 
     Attributes:
         levels: (out_features, in_features) int8, or packed by ``pack_int4`` with half as many columns, uint8.
-        scale: (out_features, groups) float32.
-        zero_point: The same shape in float32, on the grid of the stored levels; None when symmetric.
+        scale: (out_features, groups) float32, or float64 in a float64 model.
+        zero_point: The same shape and dtype, on the grid of the stored levels; None when symmetric.
         w0: (out_features,) weights of the input channel 0 that the layer adds as a rank-1 term, or None.
     """
 
@@ -75,8 +75,8 @@ class IntegerWeight(nn.Module):
             w0 = linear.weight.detach()[:, 0].clone()
         for name, tensor in (
             ("levels", api.pack_int4(stored) if self.packed else stored),
-            ("scale", linear.weight_scale.float()),
-            ("zero_point", None if zero_point is None else zero_point.float() - self.offset),
+            ("scale", linear.weight_scale),
+            ("zero_point", None if zero_point is None else zero_point - self.offset),
             ("w0", w0),
         ):
             self.register_buffer(name, tensor, persistent=False)
@@ -177,7 +177,7 @@ def why_not_integer(linear: QuantLinear) -> str | None:
     args, quantizer = linear.weight_args, linear.input_quantizer
     if args is None:
         return "its weight is in floating point"
-    if linear.weight.dtype not in FLOAT_DTYPES:
+    if linear.weight.dtype not in FLOAT_DTYPES and linear.weight.device.type != "cpu":
         return f"its dtype is {str(linear.weight.dtype).removeprefix('torch.')}"
     if quantizer is None:
         if args.num_bits > PACKED_BITS or linear.in_features % 2:
