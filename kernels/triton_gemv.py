@@ -87,28 +87,30 @@ def dequantize(nibbles, scale, zero, dtype: tl.constexpr):
 @triton.jit
 def weight_only_gemv_kernel(
     x, w, out, scale, zero_point, bias, M, N,
-    HALF: tl.constexpr, GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    UNIFORM: tl.constexpr,
+    WORDS: tl.constexpr, GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """x (M, 2 HALF) float, w (N, HALF) uint8 in planar halves, scale (N, groups) -> out (M, N) in the dtype of x."""
-    GROUPS: tl.constexpr = (2 * HALF + GROUP - 1) // GROUP
-    dtype: tl.constexpr = x.dtype.element_ty
+    """x (M, 2, 4, WORDS) float32 by plane, byte and word; w (N, WORDS) int32; scale (N, groups) -> out (M, N).
+
+    ``GROUP`` is a multiple of 4: a word lies in one group per plane.
+    """
+    GROUPS: tl.constexpr = (8 * WORDS + GROUP - 1) // GROUP
+    dtype: tl.constexpr = out.dtype.element_ty
     rows = tl.arange(0, BLOCK_M)
     columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     column = (columns % N).to(tl.int64)[None, :, None]
-    x_tile = x + (rows % M)[:, None, None] * (2 * HALF)
+    x_tile = x + (rows % M)[:, None, None] * (8 * WORDS)
     acc = tl.zeros((BLOCK_M, BLOCK_N, BLOCK_K), tl.float32)
-    for start in tl.range(0, HALF, BLOCK_K, loop_unroll_factor=4):
+    for start in range(0, WORDS, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)[None, None, :]
-        inside = k < HALF
-        packed = tl.load(w + column * HALF + k, mask=inside, other=0, eviction_policy="evict_first").to(tl.int32)
+        inside = k < WORDS
+        packed = tl.load(w + column * WORDS + k, mask=inside, other=0, eviction_policy="evict_first")
         for plane in tl.static_range(2):
-            first = plane * HALF + start if UNIFORM else plane * HALF + k
-            group = column * GROUPS + first // GROUP
-            mask = True if UNIFORM else inside
-            zero = 0.0 if zero_point is None else tl.load(zero_point + group, mask=mask, other=0.0)
-            weight = dequantize((packed >> (4 * plane)) & 15, tl.load(scale + group, mask=mask, other=0.0), zero, dtype)
-            acc += weight * tl.load(x_tile + plane * HALF + k, mask=inside, other=0.0).to(tl.float32)
+            group = column * GROUPS + (plane * WORDS + k) // (GROUP // 4)
+            factor = tl.load(scale + group, mask=inside, other=0.0)
+            zero = 0.0 if zero_point is None else tl.load(zero_point + group, mask=inside, other=0.0)
+            for byte in tl.static_range(4):
+                weight = dequantize((packed >> (8 * byte + 4 * plane)) & 15, factor, zero, dtype)
+                acc += weight * tl.load(x_tile + (4 * plane + byte) * WORDS + k, mask=inside, other=0.0)
     y = tl.sum(acc, axis=2)
     if bias is not None:
         added = tl.load(bias + columns, mask=columns < N, other=0.0).to(tl.float32)
@@ -137,34 +139,27 @@ def weight_only_gemv(
     out: Tensor,
     config: GemvConfig,
 ) -> None:
-    """W4A16 for up to ``MAX_ROWS`` rows, any even K; arguments as in ``api.weight_only_int4``."""
-    (num_rows, num_out), half = out.shape, w_packed.shape[1]
-    uniform = shared_block(half, group_size, config.block_k)
+    """W4A16 for up to ``MAX_ROWS`` rows, K a multiple of 8, ``group_size`` of 4; as ``api.weight_only_int4``."""
+    num_rows, num_out = out.shape
+    words = w_packed.shape[1] // WORD_BYTES
+    by_byte = torch.empty(num_rows, 2, WORD_BYTES, words, dtype=torch.float32, device=x.device)
+    by_byte.copy_(x.view(num_rows, 2, words, WORD_BYTES).transpose(2, 3))
     weight_only_gemv_kernel[(triton.cdiv(num_out, config.block_n),)](
-        x,
-        w_packed,
+        by_byte,
+        _words(w_packed),
         out,
         w_scale,
         zero_point,
         bias,
         num_rows,
         num_out,
-        HALF=half,
+        WORDS=words,
         GROUP=group_size,
         BLOCK_M=triton.next_power_of_2(num_rows),
         BLOCK_N=config.block_n,
-        BLOCK_K=uniform or config.block_k,
-        UNIFORM=uniform > 0,
+        BLOCK_K=config.block_k,
         num_warps=config.num_warps,
     )
-
-
-def shared_block(half: int, group_size: int, largest: int) -> int:
-    """The longest block, up to ``largest``, that never straddles two groups in either plane; 0 where none is of use."""
-    block = largest
-    while half % block or group_size % block:
-        block //= 2
-    return block if block >= 16 else 0
 
 
 def _launch_integer(
