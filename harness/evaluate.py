@@ -92,7 +92,7 @@ def build_messages(task: Task, data: TaskData, family: str) -> list[Message]:
 
 
 def prompts_sha256(task: Task, data: TaskData, family: str) -> str:
-    """Hash of every prompt's texts in order: a new prompt template shows. The images are part of the data's own hash."""
+    """Hash of every prompt's texts in order: a new template shows. The images are part of the data's own hash."""
     digest = hashlib.sha256()
     for message in build_messages(task, data, family):
         texts = [item["value"] if item["type"] == "text" else f"<{item['type']}>" for item in message]

@@ -95,7 +95,7 @@ def rms_norm_quantize(
     if weight is not None:
         check_vector("weight", weight, (x.dtype,), (x.shape[1],), like=x)
     if residual is not None:
-        check_matrix("residual", residual, (x.dtype,), *x.shape, like=x)
+        check_matrix("residual", residual, (x.dtype,), x.shape[0], x.shape[1], like=x)
     check_scale(x, scale, row_index)
     check_num_bits(num_bits)
     return OPS["rms_norm_quantize"](x, weight, eps, scale, row_index, residual, num_bits)
@@ -117,7 +117,7 @@ def silu_mul_quantize(
         (M, K) int8; (M,) float32 row scales, empty when static.
     """
     check_matrix("gate", gate, FLOAT_DTYPES)
-    check_matrix("up", up, (gate.dtype,), *gate.shape, like=gate)
+    check_matrix("up", up, (gate.dtype,), gate.shape[0], gate.shape[1], like=gate)
     check_scale(gate, scale, row_index)
     check_num_bits(num_bits)
     return OPS["silu_mul_quantize"](gate, up, scale, row_index, num_bits)

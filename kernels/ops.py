@@ -119,7 +119,7 @@ FAKES: Mapping[str, Callable[..., Any]] = MappingProxyType(
 @cache
 def _cuda_implementation(name: str) -> Callable[..., Any]:
     try:
-        return getattr(import_module(CUDA_MODULES[name]), name)  # type: ignore[no-any-return]
+        return getattr(import_module(CUDA_MODULES[name]), name)
     except ImportError as error:
         raise ImportError(f"operation '{name}' needs Triton on a GPU ({error}); install triton") from error
 

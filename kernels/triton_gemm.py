@@ -119,7 +119,9 @@ def int4_gemm_kernel(
     )  # fmt: skip
 
 
-def int8_gemm(x_q: Tensor, w_q: Tensor, epilogue: Epilogue, out: Tensor, config: GemmConfig, acc_scale: float = 1.0) -> None:
+def int8_gemm(
+    x_q: Tensor, w_q: Tensor, epilogue: Epilogue, out: Tensor, config: GemmConfig, acc_scale: float = 1.0
+) -> None:
     """W8A8: writes ``x_q @ w_q.T`` with its epilogue into ``out``.
 
     Args:
@@ -139,7 +141,13 @@ def int4_gemm(x_q: Tensor, w_packed: Tensor, epilogue: Epilogue, out: Tensor, co
 
 
 def _launch(
-    kernel: triton.JITFunction, x_q: Tensor, w: Tensor, epilogue: Epilogue, out: Tensor, config: GemmConfig, acc_scale: float
+    kernel: triton.JITFunction,
+    x_q: Tensor,
+    w: Tensor,
+    epilogue: Epilogue,
+    out: Tensor,
+    config: GemmConfig,
+    acc_scale: float,
 ) -> None:
     (num_rows, num_out), width = out.shape, w.shape[1]
     first = target(out, config.split_k)

@@ -229,8 +229,8 @@ def _quantize(
     """Levels, per-token scales (empty when static) and, where it passes by the quantizer, x0."""
     transform = linear.input_transform
     if isinstance(transform, OnlineHadamard):
-        levels, row_scale, x0 = api.hadamard_quantize(rows, scale, row_index, linear.x0_bypass, num_bits)
-        return levels, row_scale, x0 if linear.x0_bypass else None
+        levels, row_scale, channel0 = api.hadamard_quantize(rows, scale, row_index, linear.x0_bypass, num_bits)
+        return levels, row_scale, channel0 if linear.x0_bypass else None
     x = rows if transform is None else transform(rows).contiguous()
     x0 = x[:, 0].clone() if linear.x0_bypass else None
     x = x if x0 is None else _without_channel0(x)
