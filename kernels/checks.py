@@ -11,6 +11,8 @@ FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 """Floating-point types that the kernels read and write; on the CPU float64 passes wherever float32 does."""
 
 MIN_BITS, MAX_BITS = 2, 8
+WIDTH_LIMIT = 1 << 17
+"""Inner dimension from which sums of int8 products may leave int32."""
 
 
 def check_matrix(
@@ -133,6 +135,10 @@ def check_epilogue(
     out_dtype: torch.dtype,
 ) -> None:
     """The arguments that ``linear_int8`` and ``linear_int4`` share; ``num_out`` is N."""
+    if x_q.shape[1] >= WIDTH_LIMIT:
+        raise ValueError(
+            f"x_q must have fewer than {WIDTH_LIMIT} columns, got {x_q.shape[1]}; int32 sums would overflow"
+        )
     num_rows = x_q.shape[0]
     check_vector("row_scale", row_scale, (torch.float32,), None if row_index is not None else (num_rows, 1), like=x_q)
     if row_index is not None:

@@ -80,7 +80,7 @@ def _fake_rms_norm_quantize(
 
 
 def _fake_hadamard(x: Tensor) -> Tensor:
-    return x.new_empty(x.shape[0], padded_size(x.shape[1]))
+    return x.new_empty(x.shape[0], padded_size(int(x.shape[1])))  # a width is never symbolic: it picks the matrix
 
 
 def _fake_hadamard_quantize(
