@@ -56,7 +56,7 @@ UNPACK_MIN_M: Mapping[int, int] = MappingProxyType({80: 1024, 89: 1024, 90: 1024
 """W4A8 from this M on unpacks into memory first: the fused kernel unpacks once per tile row, so twice the rows, twice
 the unpacking."""
 
-GEMV_BLOCK_N: tuple[tuple[int, int], ...] = ((2, 4), (4, 2), (8, 2))
+GEMV_BLOCK_N: tuple[tuple[int, int], ...] = ((1, 4), (8, 2))
 """(largest M, rows of the weight per program): accumulators are M times these per word and must fit the registers."""
 
 GEMV_BLOCK_K = 512
