@@ -192,6 +192,28 @@ def weight_only_int4(
     return y if bias is None else y + bias.to(dtype)
 
 
+def aifs_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    query_position: Tensor,
+    key_position: Tensor,
+    query_valid: Tensor,
+    key_valid: Tensor,
+    dtype: torch.dtype = torch.float64,
+) -> Tensor:
+    """(B, H, T_q, D): softmax attention in ``dtype``, one query of one head at a time."""
+    out = torch.zeros(q.shape, dtype=dtype)
+    group = q.shape[1] // k.shape[1]
+    for batch, head, query in np.ndindex(*q.shape[:3]):
+        seen = key_valid[batch] & (key_position[batch] <= query_position[batch, query])
+        if query_valid[batch, query] and seen.any():
+            keys, values = (x[batch, head // group, seen].to(dtype) for x in (k, v))
+            weights = torch.exp((scores := keys @ q[batch, head, query].to(dtype) * q.shape[3] ** -0.5) - scores.max())
+            out[batch, head, query] = weights / weights.sum() @ values
+    return out
+
+
 def _levels(row: Tensor, scale: Tensor, num_bits: int) -> Tensor:
     """(K,) int8; numpy divides in float32 (float64 in its own) and rounds half to even."""
     largest = 2 ** (num_bits - 1)
