@@ -141,7 +141,8 @@ def _groups_of_request(wanted: _Wanted, sources: Sources, num_rows: dict[str, in
         raise RequestError(f"no model asked for can run {names}; see 'mqbench models' and 'mqbench tasks'")
     groups: list[Group] = []
     for source in sources.found:
-        groups += _groups_of(source, fitting[source.label], wanted, inputs, num_rows)
+        if infos := fitting[source.label]:
+            groups += _groups_of(source, infos, wanted, inputs, num_rows)
     inputs.check_overlap(sources.found)
     return groups
 
