@@ -88,7 +88,7 @@ def normalized(total, reciprocal, weight, columns, mask, dtype: tl.constexpr):
 
 @triton.jit
 def reciprocal_rms(square_sum, K, eps):
-    return tl.div_rn(1.0, tl.sqrt_rn(tl.div_rn(square_sum, K.to(tl.float32)) + eps))
+    return tl.div_rn(1.0, tl.sqrt_rn(tl.div_rn(square_sum, K * 1.0) + eps))
 
 
 @triton.jit
