@@ -34,12 +34,12 @@ class RecordStore:
 
     Attributes:
         folder: The output folder.
-        path: Its ``records.jsonl``.
+        path: The file of records.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, name: str = RECORDS_NAME) -> None:
         self.folder = folder
-        self.path = folder / RECORDS_NAME
+        self.path = folder / name
 
     def prepare(self) -> None:
         """Creates the folder and proves that it can be written.
@@ -142,7 +142,7 @@ class RecordStore:
 
     def _next_damaged_path(self) -> Path:
         number = 1
-        while (path := self.folder / f"{RECORDS_NAME}.damaged-{number}").exists():
+        while (path := self.folder / f"{self.path.name}.damaged-{number}").exists():
             number += 1
         return path
 
