@@ -25,7 +25,7 @@ def choose_backend(loaded: LoadedModel, group: Group) -> BackendReport | None:
 
     report = use_integer_backend(loaded.model)
     if not report.integer:
-        reasons = "; ".join(sorted(set(report.simulated.values())))
+        reasons = "; ".join(sorted(set(report.simulated.values()))) or "none is quantized"
         raise RequestError(f"no layer of {group.label} can run in integers: {reasons}; leave --backend {INTEGER} out")
     return report
 
