@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
+from mqbench.harness.bench.command import bench
 from mqbench.harness.errors import MQBenchError, RequestError
 from mqbench.harness.gate_command import gate
 from mqbench.harness.store import DEFAULT_OUT, DamagedLineWarning
@@ -33,6 +34,7 @@ app = typer.Typer(
 
 paper = typer.Typer(no_args_is_help=True, help="The paper's own numbers: do they follow from each other?")
 app.add_typer(paper, name="paper")
+app.add_typer(bench, name="bench")
 app.command()(gate)
 
 ModelsDir = Annotated[

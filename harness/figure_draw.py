@@ -151,6 +151,9 @@ def _scale(axes: Axes, panel: Panel) -> None:
         axes.xaxis.set_major_locator(FixedLocator(SYMLOG_TICKS))
         axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
         axes.xaxis.set_minor_locator(NullLocator())
+    elif panel.xscale == "log":
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
 
 
 def _equal_groups(panels: tuple[Panel, ...], places: list[Axes], columns: int) -> None:

@@ -35,8 +35,8 @@ def attention(case: Case, device: torch.device) -> Makers:
 
     def truth(part: slice) -> Tensor:
         """(1, H, T, D) has one slice along its first dimension: all of it, a head at a time."""
-        wide = ((x[:, head : head + 1].double() for x in (q, k, v)) for head in range(heads))
-        return torch.cat([F.scaled_dot_product_attention(*one, is_causal=True) for one in wide], 1)[part]
+        heads_of = [x.split(1, dim=1) for x in (q, k, v)]
+        return torch.cat([_causal(*(x.double() for x in one)) for one in zip(*heads_of, strict=True)], 1)[part]
 
     def causal() -> Contender:
         return Contender(_causal, (q, k, v), partial(check_norm, truth=truth), **work)

@@ -82,14 +82,14 @@ class Problem:
     @cached_property
     def groups(self) -> tuple[Tensor, Tensor]:
         """(N, K) int8 levels of four bits and (N, K / 128) scales."""
-        rows, num_out, width = self.sizes
+        _, num_out, width = self.sizes
         if width % GROUP_SIZE:
             raise Unavailable(f"width {width} is no multiple of {GROUP_SIZE}")
         levels, scale = cpu.quantize_token(self.w.reshape(-1, GROUP_SIZE), 4)
         return levels.reshape(num_out, width), scale.reshape(num_out, -1)
 
     def contender(self, run: Callable[..., Any], inputs: tuple[Any, ...], check: Any, weight_bits: int) -> Contender:
-        """With the bytes of its inputs as they stand in memory and of a bfloat16 result."""
+        """With the bytes of its matrices as they stand in memory; scales and bias are not counted."""
         rows, num_out, width = self.sizes
         activation = inputs[0].element_size() if isinstance(inputs[0], Tensor) else DTYPE.itemsize
         num_bytes = rows * width * activation + num_out * width * weight_bits // 8 + rows * num_out * DTYPE.itemsize
@@ -105,7 +105,8 @@ class Problem:
 
         def truth(rows: slice) -> Tensor:
             scale = row_scale if len(row_scale) == 1 else row_scale[rows]
-            exact = cpu.int_matmul(x_q[rows], w_q, cpu.INT8_LEVELS).double() * scale.double()[:, None] * w_scale.double()
+            product = cpu.int_matmul(x_q[rows], w_q, cpu.INT8_LEVELS).double()
+            exact = product * scale.double()[:, None] * w_scale.double()
             return exact if self.bias is None else exact + self.bias.double()
 
         return check_rounded(y, truth)
@@ -249,7 +250,7 @@ def _tinygemm(problem: Problem) -> Contender:
 
 
 def _module(problem: Problem) -> nn.Linear:
-    rows, num_out, width = problem.sizes
+    _, num_out, width = problem.sizes
     module = nn.Linear(width, num_out, bias=problem.bias is not None, device=problem.device, dtype=DTYPE)
     module.weight.data.copy_(problem.w)
     if problem.bias is not None:

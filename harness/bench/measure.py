@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from mqbench.harness.bench.attention import attention
-from mqbench.harness.bench.contender import CONTENDERS, Check, Contender, Makers, Unavailable, WrongResult
+from mqbench.harness.bench.catalog import FAILED, UNAVAILABLE, WRONG
+from mqbench.harness.bench.contender import Check, Contender, Makers, Unavailable, WrongResult
 from mqbench.harness.bench.fusion import fusion
 from mqbench.harness.bench.hadamard import hadamard
 from mqbench.harness.bench.linear import linear
@@ -30,7 +31,6 @@ TASKS: Mapping[str, Callable[[Case, torch.device], Makers]] = MappingProxyType(
     }
 )
 
-UNAVAILABLE, WRONG, FAILED = "unavailable", "wrong", "failed"
 MAX_NOTE_CHARACTERS = 300
 
 
@@ -85,15 +85,6 @@ class Measurement:
     baseline: str
     timed: Mapping[str, Timed]
     notes: Mapping[str, str] = field(default_factory=dict)
-
-    @property
-    def broken(self) -> Mapping[str, str]:
-        """Notes of our own operations that fail or compute something else."""
-        return {
-            name: note
-            for name, note in self.notes.items()
-            if CONTENDERS[name].ours and not note.startswith(UNAVAILABLE)
-        }
 
 
 @dataclass

@@ -95,8 +95,8 @@ def run_jobs(
 def record_of(cell: Cell, measurement: Measurement, started_at: str, duration_s: float, device: str) -> Record:
     """What is kept: raw samples as arrays, medians and spread as metrics, notes as samples' predictions.
 
-    The score is the baseline's median in milliseconds. One ``Sample`` stands for each contender: ``ok`` with its median,
-    or the reason why it was not timed.
+    The score is the baseline's median in milliseconds. One ``Sample`` stands for each contender: ``ok`` with its
+    median, or the reason why it was not timed.
     """
     timed = measurement.timed
     samples = [Sample(name, OK, entry.median_ms) for name, entry in timed.items()]
@@ -151,9 +151,7 @@ def _measured(job: Job, settings: Settings, store: RecordStore, bench: Bench) ->
     except Exception as error:  # one case must not end the others; the record and the traceback say what happened
         store.write_failure(job.cell.key, traceback.format_exc())
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        return Record(
-            job.cell, Status.FAILED, started_at, time.perf_counter() - start, reason, backend=Backend.REAL
-        )
+        return Record(job.cell, Status.FAILED, started_at, time.perf_counter() - start, reason, backend=Backend.REAL)
     return record_of(job.cell, measurement, started_at, time.perf_counter() - start, settings.device)
 
 

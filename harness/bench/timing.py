@@ -1,11 +1,13 @@
-"""Timing: CUDA graphs between device events, over copies of the inputs that together exceed the L2 cache."""
+"""Timing: CUDA graphs between device events, over copies of inputs and results that together exceed the L2 cache."""
 
 from __future__ import annotations
 
 import copy
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -14,15 +16,18 @@ from torch import Tensor, nn
 from mqbench.harness.bench.contender import Contender
 
 L2_FACTOR = 2
-"""Copies of the inputs take this many times the L2 cache: each is gone from it when its turn comes again."""
+"""Inputs, results and their copies take this many times the L2 cache: each is gone from it at its next turn."""
 
 MAX_COPIES = 128
 MAX_CALLS = 4096
 """Calls in one graph."""
 
 WARMUP_CALLS = 3
-SLEEP_CYCLES = 400_000
+SLEEP_CYCLES = 2_000_000
 """The GPU waits this long before the first event, so that the graph's launch is over when the clock starts."""
+
+
+Call = Callable[[], Any]
 
 
 class Replay(Protocol):
@@ -50,11 +55,11 @@ class CallTimer:
     """Plain calls and a host clock: to see that everything runs."""
 
     def prepare(self, contender: Contender) -> Replay:
-        return _CallReplay(lambda: contender.run(*contender.inputs))
+        return _CallReplay(partial(contender.run, *contender.inputs))
 
 
 class _CallReplay:
-    def __init__(self, call: Callable[[], Any]) -> None:
+    def __init__(self, call: Call) -> None:
         self._call = call
         self.result = call()
 
@@ -73,18 +78,16 @@ class GraphTimer:
         self._l2_bytes = torch.cuda.get_device_properties(device).L2_cache_size
 
     def prepare(self, contender: Contender) -> Replay:
-        calls = [
-            _bound(contender.run, inputs)
-            for inputs in input_sets(contender.inputs, num_copies(contender.bytes, self._l2_bytes))
-        ]
+        sets = input_sets(contender.inputs, num_copies(contender.bytes, self._l2_bytes))
+        calls: list[Call] = [partial(contender.run, *inputs) for inputs in sets]
         self._warm_up(calls)
-        first = _GraphReplay(calls, self._device)
+        first = _GraphReplay(calls, 1)
         first.sample()
         repeats = math.ceil(self._sample_ms / (first.sample() * len(calls)))
         repeats = max(1, min(repeats, MAX_CALLS // len(calls)))
-        return first if repeats == 1 else _GraphReplay(calls * repeats, self._device)
+        return first if repeats == 1 else _GraphReplay(calls, repeats)
 
-    def _warm_up(self, calls: Sequence[Callable[[], Any]]) -> None:
+    def _warm_up(self, calls: list[Call]) -> None:
         """Compiles, tunes and allocates on a side stream, as capturing asks for."""
         stream = torch.cuda.Stream(self._device)
         stream.wait_stream(torch.cuda.current_stream(self._device))
@@ -96,15 +99,16 @@ class GraphTimer:
 
 
 class _GraphReplay:
-    """A captured sequence of calls."""
+    """Calls in turns, captured. As many results as calls live at a time, so that results rotate as inputs do."""
 
-    def __init__(self, calls: Sequence[Callable[[], Any]], device: torch.device) -> None:
-        self._device, self._num_calls = device, len(calls)
+    def __init__(self, calls: list[Call], repeats: int) -> None:
+        self._num_calls = len(calls) * repeats
         self._graph = torch.cuda.CUDAGraph()
+        results: deque[Any] = deque(maxlen=len(calls))
         with torch.cuda.graph(self._graph):
-            for call in calls:
-                self.result = None  # its memory serves the next call, as in a model
-                self.result = call()
+            for call in calls * repeats:
+                results.append(call())
+        self.result = results[-1]
 
     def sample(self) -> float:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -130,7 +134,3 @@ def _copied(value: Any) -> Any:
     if isinstance(value, Tensor):
         return value.clone()
     return copy.deepcopy(value) if isinstance(value, nn.Module) else value
-
-
-def _bound(run: Callable[..., Any], inputs: tuple[Any, ...]) -> Callable[[], Any]:
-    return lambda: run(*inputs)

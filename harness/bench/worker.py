@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import gc
 import multiprocessing
+import os
+import threading
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING
 
+from mqbench.harness.bench.catalog import FAILED
 from mqbench.harness.bench.spec import Case
 
 if TYPE_CHECKING:
@@ -58,7 +61,7 @@ class Bench:
             DeviceLost: too many contenders broke the device.
             WorkerDied: the worker process died.
         """
-        from mqbench.harness.bench.measure import FAILED, DeviceLost
+        from mqbench.harness.bench.measure import DeviceLost
 
         lost: dict[str, str] = {}
         while True:
@@ -77,13 +80,25 @@ class Bench:
         if not self._settings.device.startswith("cuda"):
             return measure_here(case, self._settings, skip)
         if self._pool is None:
-            self._pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
+            self._pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), end_with_parent)
         return self._pool.submit(measure_here, case, self._settings, skip).result()
 
     def _stop(self) -> None:
         if self._pool is not None:
             self._pool.shutdown(wait=True, cancel_futures=True)
             self._pool = None
+
+
+def end_with_parent() -> None:
+    """Ends this process when the parent is killed; else it would wait for work, and hold the GPU, forever."""
+    parent = multiprocessing.parent_process()
+
+    def wait() -> None:
+        if parent is not None:
+            parent.join()
+            os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def measure_here(case: Case, settings: Settings, skip: dict[str, str]) -> Measurement:
