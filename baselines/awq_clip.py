@@ -71,12 +71,12 @@ def _find_limits(session: Session, limits: dict[str, Tensor], names: tuple[str, 
         limits[name] = limit
 
 
-def clipped_rows(layout: Layout) -> Mapping[str, slice | None]:
+def clipped_rows(layout: Layout) -> Mapping[str, slice | list[int] | None]:
     """What is clipped of each reader of an attention norm: the values; None where it makes queries or keys only."""
-    rows: dict[str, slice | None] = {}
-    for block in (block for tower in layout.towers for block in tower.blocks):
-        rows |= dict.fromkeys(block.attention_norm.readers)
-        rows[block.attention.value] = slice(*block.attention.value_rows)
+    rows: dict[str, slice | list[int] | None] = {}
+    for path in (path for tower in layout.towers for block in tower.blocks for path in block.paths):
+        rows |= dict.fromkeys(path.attention_readers)
+        rows[path.attention.value] = path.attention.value_index
     return rows
 
 

@@ -32,7 +32,7 @@ from mqbench.harness.quant.capture import (
     run_block,
     visit_blocks,
 )
-from mqbench.harness.quant.layout import Block, Part
+from mqbench.harness.quant.layout import Block, Norm, NormPlace, Part, Path
 from mqbench.harness.quant.linear import QuantLinear
 from mqbench.harness.quant.options import Option
 from mqbench.harness.quant.scheme import QuantArgs
@@ -51,13 +51,13 @@ class ScalingGroup:
 
     Attributes:
         source: The norm or linear whose output is divided by the factors.
-        source_rows: Output range [start, stop) of a linear source that the group reads; None for a norm.
+        source_rows: Outputs of a linear source that the group reads; None for a norm.
         readers: The linears.
         inspected: The module whose output tells how good factors are; None: the only reader itself.
     """
 
     source: str
-    source_rows: tuple[int, int] | None
+    source_rows: slice | list[int] | None
     readers: tuple[str, ...]
     inspected: str | None
 
@@ -93,33 +93,52 @@ def scale_channels(session: Session) -> None:
         NonFiniteError: an input or every candidate's error is NaN or Inf.
     """
     for tower in session.layout.towers:
-        visit_blocks(session, tower, partial(_scale_block, session))
+        visit_blocks(session, tower, partial(_scale_block, session, tower.norm_place))
 
 
-def _scale_block(session: Session, block: Block, calls: Sequence[Call]) -> None:
-    for group in scaling_groups(session, block):
+def _scale_block(session: Session, place: NormPlace, block: Block, calls: Sequence[Call]) -> None:
+    for group in scaling_groups(session, block, place):
         divide_source(session, group, search_group(session, group, block, calls).factors)
 
 
-def scaling_groups(session: Session, block: Block) -> list[ScalingGroup]:
-    """The groups of a block, in the order of execution."""
-    attention, readers = block.attention, block.attention_norm.readers
-    rows = attention.value_rows
-    groups = [_norm_group(session, block.attention_norm.name, readers, common_module((*readers, attention.out)))]
-    if attention.num_heads == attention.num_kv_heads:
-        groups.append(ScalingGroup(attention.value, rows, (attention.out,), None))
-    readers = block.mlp_norm.readers
-    inspected = common_module((*readers, block.mlp_out)) if len(readers) > 1 else None
-    groups.append(_norm_group(session, block.mlp_norm.name, readers, inspected))
-    if block.mlp_up is not None:
-        up_rows = (0, session.linears[block.mlp_up].out_features)
-        groups.append(ScalingGroup(block.mlp_up, up_rows, (block.mlp_out,), None))
+def scaling_groups(session: Session, block: Block, place: NormPlace = NormPlace.PRE) -> list[ScalingGroup]:
+    """The groups of a block, in the order of execution.
+
+    Norms behind a branch write no linear's input, and one norm that several experts read would need factors that suit
+    the rows of all: neither makes a group.
+    """
+    paths = block.paths
+    has_norm_groups = place is NormPlace.PRE and len(paths) == 1
+    groups: list[ScalingGroup | None] = []
+    for path in paths:
+        inside = common_module((*path.attention_readers, path.attention.out))
+        if has_norm_groups:
+            groups.append(_norm_group(session, block.attention_norm, inside))
+        if len(paths) == 1:  # heads mix the values of all paths
+            groups.append(_value_group(path))
+        inside = common_module((*path.mlp_readers, path.mlp_out))
+        if has_norm_groups:
+            groups.append(_norm_group(session, block.mlp_norm, inside if len(path.mlp_readers) > 1 else None))
+        groups.append(_up_group(session, path))
     return [group for group in groups if group is not None]
 
 
-def _norm_group(session: Session, norm: str, readers: tuple[str, ...], inspected: str | None) -> ScalingGroup | None:
-    has_gain = isinstance(getattr(session.model.get_submodule(norm), "weight", None), Tensor)
-    return ScalingGroup(norm, None, readers, inspected) if has_gain else None
+def _norm_group(session: Session, norm: Norm, inspected: str | None) -> ScalingGroup | None:
+    has_gain = isinstance(getattr(session.model.get_submodule(norm.name), "weight", None), Tensor)
+    return ScalingGroup(norm.name, None, norm.readers, inspected) if has_gain else None
+
+
+def _value_group(path: Path) -> ScalingGroup | None:
+    attention = path.attention
+    if attention.num_heads != attention.num_kv_heads:
+        return None
+    return ScalingGroup(attention.value, attention.value_index, (attention.out,), None)
+
+
+def _up_group(session: Session, path: Path) -> ScalingGroup | None:
+    if path.mlp_up is None:
+        return None
+    return ScalingGroup(path.mlp_up, slice(0, session.linears[path.mlp_up].out_features), (path.mlp_out,), None)
 
 
 def common_module(names: Sequence[str]) -> str:
@@ -198,7 +217,7 @@ def choose(
 def divide_source(session: Session, group: ScalingGroup, factors: Tensor) -> None:
     """Divides the written channels by the factors and multiplies the readers' columns by them."""
     source = session.model.get_submodule(group.source)
-    rows = slice(None) if group.source_rows is None else slice(*group.source_rows)
+    rows = slice(None) if group.source_rows is None else group.source_rows
     for parameter in (source.weight, getattr(source, "bias", None)):
         if isinstance(parameter, Tensor):
             value = parameter.detach().clone()

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from mqbench.harness.errors import LayoutError
-from mqbench.harness.quant.layout import Norm, NormKind, Tower
+from mqbench.harness.quant.layout import Norm, NormKind, NormPlace, Reader, Tower
 from mqbench.harness.quant.session import Session
-from mqbench.harness.quant.transforms import RMSNorm
+from mqbench.harness.quant.transforms import AffineNorm, CentredNorm, RMSNorm
 
 VectorMap = Callable[[Tensor], Tensor]
 """A linear map of the last dimension of a float64 tensor."""
@@ -36,6 +36,31 @@ def map_input(module: nn.Module, function: VectorMap, chunks: int = 1) -> None:
     weight = weight_of(module)
     rows = weight.reshape(weight.shape[0] * chunks, -1)
     set_parameter(module, "weight", map_rows(rows, function).reshape(weight.shape[0], -1))
+
+
+def map_reader(session: Session, reader: Reader, function: VectorMap) -> None:
+    """``map_input`` for everything that reads a stream, also with the channels of its vectors standing together."""
+    module = session.model.get_submodule(reader.name)
+    if not reader.channels_first:
+        map_input(module, function, reader.chunks)
+        return
+    weight = weight_of(module)
+    vectors = weight.reshape(weight.shape[0], -1, reader.chunks).transpose(1, 2)
+    mapped = map_rows(vectors.reshape(-1, vectors.shape[-1]), function).reshape(vectors.shape)
+    set_parameter(module, "weight", mapped.transpose(1, 2).reshape(weight.shape).contiguous())
+
+
+def map_writer(session: Session, name: str, function: VectorMap) -> None:
+    """``map_output`` for a module, or, where ``name`` is a parameter's, its last dimension."""
+    parent, _, attribute = name.rpartition(".")
+    owner = session.model.get_submodule(parent)
+    own = getattr(owner, attribute, None)
+    if isinstance(own, nn.Module):
+        map_output(own, function)
+    elif isinstance(own, Tensor):
+        set_parameter(owner, attribute, map_rows(own.reshape(-1, own.shape[-1]), function).reshape(own.shape))
+    else:
+        raise LayoutError(f"'{name}' is neither a module nor a parameter, so it cannot write a residual stream")
 
 
 def map_output(module: nn.Module, function: VectorMap) -> None:
@@ -76,9 +101,9 @@ def untie_head(session: Session) -> None:
     Needed before the head is fused or rotated: the embedding takes another transform.
     """
     text = session.layout.text
-    entries = [session.model.get_submodule(name) for name in text.entry]
-    for reader in _modules(session, text.final_norm.readers):
-        if any(getattr(entry, "weight", None) is reader.weight for entry in entries):
+    written = [parameter for name in text.entry for parameter in _parameters(session, name)]
+    for reader in _modules(session, tuple(reader.name for reader in text.readers)):
+        if any(parameter is reader.weight for parameter in written):
             set_parameter(reader, "weight", weight_of(reader).clone())
     config = getattr(session.model, "config", None)
     for part in (config, getattr(config, "text_config", None)):
@@ -87,44 +112,94 @@ def untie_head(session: Session) -> None:
 
 
 @torch.no_grad()
+def fold_layer_scales(session: Session) -> None:
+    """Moves each LayerScale into the linears in front of it: W <- diag(lambda) W, b <- lambda b; lambda is then one."""
+    for tower in session.layout.towers:
+        for name, writers in (scale for block in tower.blocks for scale in block.scales):
+            factors = session.model.get_parameter(name).detach().double()
+            for writer in _modules(session, writers):
+                map_output(writer, _scaling(factors))
+            map_writer(session, name, torch.ones_like)
+
+
+@torch.no_grad()
 def fuse_norms(session: Session) -> None:
-    """Moves each norm's gain and bias into its readers: W <- W diag(gamma), b <- b + W beta.
+    """Moves LayerScales into their writers, and each norm's gain and bias into its readers: W <- W diag(gamma),
+    b <- b + W beta.
 
     A reader of ``chunks`` concatenated vectors takes gamma and beta once per chunk; a missing bias is created. RMSNorms
-    become affine-free ``RMSNorm`` modules; LayerNorms keep their kind with gains of one and biases of zero.
+    become affine-free ``RMSNorm`` modules; LayerNorms keep their kind with gains of one and biases of zero. Norms that
+    write the stream (behind branches, in front of block 0) have no reader to take their affine: they keep it.
 
     Raises:
         LayoutError: a norm of a tower is not of the declared kind.
     """
     untie_head(session)
+    fold_layer_scales(session)
     for tower in session.layout.towers:
-        for norm in tower.norms:
+        for norm in tower.stream_norms:
             _fuse_norm(session, tower, norm)
 
 
 @torch.no_grad()
 def layernorm_to_rmsnorm(session: Session) -> None:
-    """Replaces every LayerNorm of the Pre-LN towers by RMSNorm (paper Sec. 3.3; SliceGPT's identity).
+    """Replaces every LayerNorm by a norm that commutes with rotations of what it reads or writes; needs ``fuse_norms``.
 
-    LayerNorm without affine is RMSNorm of the centred input, so each writer of the residual stream (patch embedding
-    and its bias included) is centred over its OUTPUT dimension. Towers built with RMSNorm are left alone: subtracting a
-    mean there would change the function. Needs ``fuse_norms`` first.
+    LayerNorm without affine is RMSNorm of the centred input, so each writer of a residual stream (patch embedding and
+    its bias included) is centred over its OUTPUT dimension (paper Sec. 3.3; SliceGPT's identity). Where somebody reads
+    the stream's mean, as no norm stands between (LLaVA, Qwen-VL) or one over several vectors (InternVL), writers stay
+    as they are and each norm takes the mean out itself. Behind branches (paper A.14) it is the branch's last linear
+    that is centred, and the norm keeps its affine. Towers built with RMSNorm are left alone: subtracting a mean there
+    would change the function.
 
     Raises:
-        LayoutError: a LayerNorm still has its affine.
+        LayoutError: a LayerNorm still has its affine, or a stream that begins with a norm is not read as it is.
     """
     for tower in session.layout.towers:
         if tower.norm_kind is not NormKind.LAYERNORM:
             continue
-        for writer in _modules(session, tower.writers):
-            map_output(writer, _centre)
-        for norm in tower.norms:
-            _replace_layernorm(session, norm)
+        if tower.norm_place is NormPlace.POST:
+            _convert_post_norms(session, tower)
+        else:
+            _convert_pre_norms(session, tower)
+        if tower.entry_norm is not None:
+            _replace_by_affine_norm(session, tower.entry_norm, tower.hidden_size, centre=True)
 
 
 def is_rotatable(session: Session, tower: Tower) -> bool:
-    """Every norm of the tower commutes with an orthogonal change of basis."""
-    return all(isinstance(session.model.get_submodule(norm.name), RMSNorm) for norm in tower.norms)
+    """Every norm of the tower commutes with an orthogonal change of basis of its stream."""
+    names = [norm.name for norm in tower.norms] + ([tower.entry_norm] if tower.entry_norm else [])
+    return all(isinstance(session.model.get_submodule(name), RMSNorm | CentredNorm | AffineNorm) for name in names)
+
+
+def _convert_pre_norms(session: Session, tower: Tower) -> None:
+    if not tower.keeps_mean:
+        if tower.entry_norm is not None:
+            raise LayoutError(
+                f"'{tower.entry_norm}' begins a stream that ends in a norm; this order is not covered yet"
+            )
+        for writer in dict.fromkeys(tower.writers):
+            map_writer(session, writer, _centre)
+    for norm in tower.norms:
+        eps = _affine_free_epsilon(session, norm)
+        width = tower.hidden_size * (norm.chunks if norm.joint else 1)
+        _set_module(session, norm.name, CentredNorm(width, eps) if tower.keeps_mean else RMSNorm(eps))
+
+
+def _convert_post_norms(session: Session, tower: Tower) -> None:
+    for writer in _modules(session, tuple(name for block in tower.blocks for name in block.writers)):
+        map_output(writer, _centre)
+    for norm in tower.norms:
+        _replace_by_affine_norm(session, norm.name, tower.hidden_size, centre=False)
+
+
+def _replace_by_affine_norm(session: Session, name: str, width: int, centre: bool) -> None:
+    old: nn.Module = session.model.get_submodule(name)
+    new = AffineNorm(width, _epsilon(old, name), centre)
+    for own, theirs in (("gain", "weight"), ("shift", "bias")):
+        if isinstance(getattr(old, theirs, None), Tensor):
+            setattr(new, own, getattr(old, theirs).detach().clone())
+    _set_module(session, name, new)
 
 
 def _fuse_norm(session: Session, tower: Tower, norm: Norm) -> None:
@@ -132,9 +207,9 @@ def _fuse_norm(session: Session, tower: Tower, norm: Norm) -> None:
     gain, shift = getattr(module, "weight", None), getattr(module, "bias", None)
     for reader in _modules(session, norm.readers):
         if shift is not None:
-            _add_to_bias(reader, shift.double().repeat(norm.chunks))
+            _add_to_bias(reader, shift.double().repeat(norm.affine_repeats))
         if gain is not None:
-            map_input(reader, _scaling(gain.double()), norm.chunks)
+            map_input(reader, _scaling(gain.double()), norm.affine_repeats)
     eps = _epsilon(module, norm.name)
     if tower.norm_kind is NormKind.RMSNORM:
         _set_module(session, norm.name, RMSNorm(eps))
@@ -162,12 +237,12 @@ def _add_to_bias(reader: nn.Module, shift: Tensor) -> None:
     set_parameter(reader, "bias", bias.to(weight.dtype))
 
 
-def _replace_layernorm(session: Session, norm: Norm) -> None:
+def _affine_free_epsilon(session: Session, norm: Norm) -> float:
     module = session.model.get_submodule(norm.name)
     gain, shift = getattr(module, "weight", None), getattr(module, "bias", None)
     if (gain is not None and (gain != 1).any()) or (shift is not None and shift.any()):
         raise LayoutError(f"'{norm.name}' still has its affine map; run fuse_norms before layernorm_to_rmsnorm")
-    _set_module(session, norm.name, RMSNorm(_epsilon(module, norm.name)))
+    return _epsilon(module, norm.name)
 
 
 def _epsilon(module: nn.Module, name: str) -> float:
@@ -188,6 +263,12 @@ def _centre(x: Tensor) -> Tensor:
 def _modules(session: Session, names: tuple[str, ...]) -> list[nn.Module]:
     """The named modules, each once (a stream may list a module as entry and as writer)."""
     return [session.model.get_submodule(name) for name in dict.fromkeys(names)]
+
+
+def _parameters(session: Session, name: str) -> list[nn.Parameter]:
+    """Of a module, or the parameter itself."""
+    found = [parameter for key, parameter in session.model.named_parameters(remove_duplicate=False) if key == name]
+    return found or list(session.model.get_submodule(name).parameters(recurse=False))
 
 
 def _set_module(session: Session, name: str, module: nn.Module) -> None:

@@ -16,8 +16,9 @@ from mqbench.baselines.fusion import (
     is_rotatable,
     layernorm_to_rmsnorm,
     map_input,
-    map_output,
+    map_reader,
     map_rows,
+    map_writer,
     set_parameter,
     untie_head,
 )
@@ -27,7 +28,7 @@ from mqbench.harness.quant.layout import Attention, Part, Tower
 from mqbench.harness.quant.options import Option
 from mqbench.harness.quant.scheme import Recipe
 from mqbench.harness.quant.session import Session, Step
-from mqbench.harness.quant.transforms import HeadHadamard, OnlineHadamard
+from mqbench.harness.quant.transforms import AffineNorm, CentredNorm, HeadHadamard, OnlineHadamard
 from mqbench.kernels.hadamard import hadamard_transform, padded_size
 
 OPTIONS = (
@@ -64,9 +65,10 @@ def rotated_kv_steps(recipe: Recipe) -> tuple[Step, ...]:
 def rotate_residual(session: Session) -> None:
     """Rotates each tower's residual stream by Q = diag(random signs) H, signs drawn from ``recipe.seed``.
 
-    Readers take W Q (per chunk where they concatenate vectors), writers Q^T W and Q^T b, embeddings rotate their
-    columns. The projector's last linear writes the LLM's stream, so its output takes the LLM's rotation. A tower that
-    still has LayerNorm is left as it is: mean subtraction does not commute with Q.
+    Readers take W Q (per chunk where they concatenate vectors), writers Q^T W and Q^T b, embeddings and position tables
+    rotate their columns. The projector's last linear writes the LLM's stream, so its output takes the LLM's rotation.
+    Norms that write a stream (paper A.14, Fig. 10) change the basis behind their affine by a fast Hadamard transform.
+    A tower that still has LayerNorm is left as it is: mean subtraction does not commute with Q.
 
     Raises:
         LayoutError: the residual width has no Hadamard matrix.
@@ -87,9 +89,8 @@ def rotate_values(session: Session) -> None:
     Raises:
         LayoutError: head_dim has no Hadamard matrix.
     """
-    for tower in session.layout.towers:
-        for block in tower.blocks:
-            _rotate_heads(session, block.attention)
+    for attention in session.layout.attentions:
+        _rotate_heads(session, attention)
 
 
 @torch.no_grad()
@@ -100,9 +101,8 @@ def attach_online_hadamard(session: Session) -> None:
     matrix are padded with zeros (4304 -> 4320, 13696 -> 13824).
     """
     for tower in session.layout.towers:
-        for block in tower.blocks:
-            linear = session.linears[block.mlp_out]
-            _attach(session, block.mlp_out, OnlineHadamard(linear.in_features))
+        for path in (path for block in tower.blocks for path in block.paths):
+            _attach(session, path.mlp_out, OnlineHadamard(session.linears[path.mlp_out].in_features))
 
 
 @torch.no_grad()
@@ -112,8 +112,7 @@ def attach_out_hadamard(session: Session) -> None:
     With ``rotate_values`` it makes H_heads (x) H_head_dim over the whole width.
     """
     for tower in session.layout.towers:
-        for block in tower.blocks:
-            attention = block.attention
+        for attention in (path.attention for block in tower.blocks for path in block.paths):
             _attach(session, attention.out, HeadHadamard(attention.num_heads, attention.head_dim))
 
 
@@ -124,25 +123,49 @@ def residual_rotation(hidden_size: int, part: Part, seed: int) -> VectorMap:
         LayoutError: ``hidden_size`` has no Hadamard matrix.
     """
     _require_hadamard(hidden_size, f"the residual width of the {part} tower")
-    # One stream of signs per tower: leaving a tower out must not change the other's.
-    generator = torch.Generator().manual_seed(2 * seed + (part is Part.TEXT))
-    signs = torch.randint(0, 2, (hidden_size,), generator=generator).double() * 2 - 1
+    signs = rotation_signs(hidden_size, part, seed)
     return lambda x: hadamard_transform(x * signs.to(x.device))
+
+
+def rotation_signs(hidden_size: int, part: Part, seed: int) -> Tensor:
+    """The random signs of a tower's rotation, (hidden_size,) float64.
+
+    Each part has a stream of its own: leaving a tower out must not change another's.
+    """
+    generator = torch.Generator().manual_seed(2 * seed + (part is Part.TEXT))
+    return torch.randint(0, 2, (hidden_size,), generator=generator).double() * 2 - 1
 
 
 def _rotate_tower(session: Session, tower: Tower) -> None:
     rotation = residual_rotation(tower.hidden_size, tower.part, session.recipe.seed)
-    for norm in tower.norms:
-        for name in norm.readers:
-            map_input(session.model.get_submodule(name), rotation, norm.chunks)
+    for reader in tower.readers:
+        map_reader(session, reader, rotation)
     for name in tower.writers:
-        map_output(session.model.get_submodule(name), rotation)
+        map_writer(session, name, rotation)
+    signs = rotation_signs(tower.hidden_size, tower.part, session.recipe.seed)
+    for norm in tower.norms:
+        module = session.model.get_submodule(norm.name)
+        if isinstance(module, CentredNorm):
+            chunks = module.direction.double().view(-1, tower.hidden_size)
+            module.direction = rotation(chunks).flatten()
+        elif isinstance(module, AffineNorm):
+            _rotate_affine_norm(module, signs)
+    if tower.entry_norm is not None:
+        _rotate_affine_norm(session.model.get_submodule(tower.entry_norm), signs)
+
+
+def _rotate_affine_norm(module: AffineNorm, signs: Tensor) -> None:
+    """From now on the norm writes in the rotated basis."""
+    signs = signs.to(module.gain.device)
+    module.gain = (module.gain * signs).to(module.gain.dtype)
+    module.shift = hadamard_transform(module.shift.double() * signs).to(module.shift.dtype)
+    module.rotate = True
 
 
 def _rotate_heads(session: Session, attention: Attention) -> None:
     _require_hadamard(attention.head_dim, f"head_dim of '{attention.out}'")
     value = session.linears[attention.value]
-    rows = slice(*attention.value_rows)
+    rows = attention.value_index
     weight = value.weight.detach().clone()
     weight[rows] = _per_head(weight[rows].T, attention.head_dim).T
     set_parameter(value, "weight", weight)

@@ -17,7 +17,7 @@ from mqbench.harness.quant import calibrate, kv_cache
 from mqbench.harness.quant.calibrate import attach_input_quantizers, calibrate_activations, round_weights_rtn
 from mqbench.harness.quant.capture import collect_rows
 from mqbench.harness.quant.kv_cache import kv_cache_steps
-from mqbench.harness.quant.layout import Norm
+from mqbench.harness.quant.layout import Norm, NormPlace
 from mqbench.harness.quant.method import StepMethod
 from mqbench.harness.quant.options import Option
 from mqbench.harness.quant.scheme import Recipe
@@ -38,15 +38,22 @@ def smooth(session: Session) -> None:
     LLM's feeds lm_head, which is not quantized; the vision tower's is read in concatenated chunks.
     """
     norms = smoothable_norms(session)
-    peaks = channel_peaks(session, [norm.readers[0] for norm in norms])
+    seen = {norm.name: witnesses(session, norm) for norm in norms}
+    peaks = channel_peaks(session, [name for names in seen.values() for name in names])
     for norm in norms:
-        smooth_norm(session, norm, peaks[norm.readers[0]])
+        smooth_norm(session, norm, torch.stack([peaks[name] for name in seen[norm.name] if name in peaks]).amax(0))
+
+
+def witnesses(session: Session, norm: Norm) -> list[str]:
+    """Readers of a norm that together see all of its rows: one, or one per expert."""
+    by_modality = {session.layout.modality_of(name): name for name in reversed(norm.readers)}
+    return list(by_modality.values())
 
 
 def smoothable_norms(session: Session) -> list[Norm]:
     """Norms of blocks, each with an affine map and readers whose inputs are to be rounded."""
-    blocks = [block for tower in session.layout.towers for block in tower.blocks]
-    candidates = [norm for block in blocks for norm in (block.attention_norm, block.mlp_norm)]
+    towers = [tower for tower in session.layout.towers if tower.norm_place is NormPlace.PRE]
+    candidates = [norm for tower in towers for norm in tower.block_norms]
     return [norm for norm in candidates if _is_quantized(session, norm) and _has_gain(session, norm)]
 
 

@@ -65,8 +65,9 @@ def modality_ranges(session: Session) -> dict[str, ModalityRange]:
 
 
 def text_linears(session: Session) -> list[str]:
-    """The linears whose inputs mix both modalities: the LLM's."""
-    return [name for name in session.linears if session.part(name) is Part.TEXT]
+    """The linears whose inputs mix both modalities: the LLM's, but for experts of one modality."""
+    own = session.layout.modality_of
+    return [name for name in session.linears if session.part(name) is Part.TEXT and own(name) is None]
 
 
 @contextmanager

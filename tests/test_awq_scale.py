@@ -67,14 +67,14 @@ def test_groups_are_those_of_the_paper() -> None:
     v, t = vision.name, text.name
     assert scaling_groups(session, vision) == [
         ScalingGroup(f"{v}.norm1", None, (f"{v}.attn.qkv",), f"{v}.attn"),
-        ScalingGroup(f"{v}.attn.qkv", (64, 96), (f"{v}.attn.proj",), None),
+        ScalingGroup(f"{v}.attn.qkv", slice(64, 96), (f"{v}.attn.proj",), None),
         ScalingGroup(f"{v}.norm2", None, (f"{v}.mlp.fc1",), None),
     ]
     attention = tuple(f"{t}.self_attn.{letter}_proj" for letter in "qkv")
     assert scaling_groups(session, text) == [
         ScalingGroup(f"{t}.input_layernorm", None, attention, f"{t}.self_attn"),
         ScalingGroup(f"{t}.post_attention_layernorm", None, (f"{t}.mlp.gate_proj", f"{t}.mlp.up_proj"), f"{t}.mlp"),
-        ScalingGroup(f"{t}.mlp.up_proj", (0, 96), (f"{t}.mlp.down_proj",), None),
+        ScalingGroup(f"{t}.mlp.up_proj", slice(0, 96), (f"{t}.mlp.down_proj",), None),
     ]
 
 

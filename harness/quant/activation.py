@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from mqbench.harness.errors import CalibrationError, NonFiniteError
-from mqbench.harness.quant.modality import ModalityContext
+from mqbench.harness.quant.modality import RowContext
 from mqbench.harness.quant.observers import PERCENTILE, Observer, make_observer
 from mqbench.harness.quant.scheme import QuantArgs, Strategy, Tokens
 
@@ -46,7 +46,7 @@ class InputQuantizer(nn.Module):
         self,
         name: str,
         args: QuantArgs,
-        context: ModalityContext | None = None,
+        context: RowContext | None = None,
         observer: str = "minmax",
         percentile: float = PERCENTILE,
         tokens: Tokens = Tokens.ALL,
@@ -137,7 +137,7 @@ class InputQuantizer(nn.Module):
         return self.scale[self.visual.long()].reshape(*x.shape[:-1], 1)
 
 
-def _check_args(name: str, args: QuantArgs, context: ModalityContext | None, tokens: Tokens) -> None:
+def _check_args(name: str, args: QuantArgs, context: RowContext | None, tokens: Tokens) -> None:
     if not args.symmetric:
         raise ValueError(f"activations of '{name}' need a symmetric grid")
     if args.strategy not in (Strategy.TENSOR, Strategy.MODALITY, Strategy.TOKEN):

@@ -59,9 +59,9 @@ def attach_input_quantizers(session: Session, text_strategy: str = Strategy.TENS
         args = session.scheme(name).activations
         if args is None:
             continue
-        is_text = session.part(name) is Part.TEXT
-        own_args = _with_strategy(args, strategy, is_text and session.layout.is_multimodal)
-        quantizer = make(name, own_args, session.context, tokens=tokens) if is_text else make(name, own_args)
+        own_args = _with_strategy(args, strategy, is_mixed(session, name))
+        own_tokens = tokens if session.part(name) is Part.TEXT else Tokens.ALL
+        quantizer = make(name, own_args, session.row_context(name), tokens=own_tokens)
         linear.input_quantizer = quantizer.to(linear.weight.device)
         layer_report(session, name).activation_num_bits = args.num_bits
 
@@ -112,7 +112,13 @@ def layer_report(session: Session, name: str) -> LayerReport:
     return session.report.layers.setdefault(name, LayerReport(name, session.part(name)))
 
 
-def _with_strategy(args: QuantArgs, strategy: str, is_mixed: bool) -> QuantArgs:
-    if strategy == Strategy.MODALITY and not is_mixed:
+def is_mixed(session: Session, name: str) -> bool:
+    """Rows of both modalities reach a linear."""
+    is_text = session.part(name) is Part.TEXT
+    return is_text and session.layout.is_multimodal and session.layout.modality_of(name) is None
+
+
+def _with_strategy(args: QuantArgs, strategy: str, mixed: bool) -> QuantArgs:
+    if strategy == Strategy.MODALITY and not mixed:
         strategy = Strategy.TENSOR
     return replace(args, strategy=Strategy(strategy), dynamic=strategy == Strategy.TOKEN)

@@ -17,7 +17,7 @@ from torch.utils.hooks import RemovableHandle
 
 from mqbench.harness.errors import CalibrationError, NonFiniteError
 from mqbench.harness.quant.activation import all_finite
-from mqbench.harness.quant.layout import Block, Part, Tower
+from mqbench.harness.quant.layout import Block, Tower
 from mqbench.harness.quant.linear import QuantLinear
 from mqbench.harness.quant.session import Session
 
@@ -107,13 +107,12 @@ def collect_rows(session: Session, name: str, on_rows: OnRows, stop: bool = Fals
     Raises:
         NonFiniteError: from the forward pass, when a row holds NaN or Inf.
     """
-    linear = session.linears[name]
-    is_text = session.part(name) is Part.TEXT
+    linear, context = session.linears[name], session.row_context(name)
 
     def record(_: nn.Module, args: tuple[Any, ...]) -> None:
         rows = prepared_rows(linear, args[0])
-        if is_text and session.context.valid is not None:
-            rows = rows[session.context.valid.reshape(-1)]
+        if context is not None and context.valid is not None:
+            rows = rows[context.valid.reshape(-1)]
         if not all_finite(rows):
             raise NonFiniteError(f"the input of '{name}' holds NaN or Inf; check the weights and the dtype")
         if len(rows):
@@ -173,10 +172,10 @@ def block_replay(session: Session, block: Block, name: str, calls: Sequence[Call
 def block_groups(session: Session, block: Block) -> list[tuple[str, ...]]:
     """The linears of a block that share one input; a linear with its own transform or RMS split stands alone."""
     groups: list[tuple[str, ...]] = []
-    for names in (block.attention_norm.readers, (block.attention.out,), block.mlp_norm.readers, (block.mlp_out,)):
+    for names in block.groups:
         linears = [session.linears[name] for name in names]
         shared = all(linear.input_transform is None and linear.x0_weight is None for linear in linears)
-        groups += [tuple(names)] if shared else [(name,) for name in names]
+        groups += [names] if shared else [(name,) for name in names]
     return groups
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mqbench.harness.errors import LayoutError
-from mqbench.harness.quant.layout import Layout
+from mqbench.harness.quant.layout import Layout, Modality, Part
 
 
 class ModalityContext:
@@ -41,6 +41,49 @@ class ModalityContext:
         self._indexed = None
 
 
+class RowContext(Protocol):
+    """What a quantizer asks about the rows of the running pass."""
+
+    @property
+    def visual(self) -> Tensor | None: ...
+
+    @property
+    def valid(self) -> Tensor | None: ...
+
+    def row_index(self) -> Tensor | None: ...
+
+
+class ExpertContext:
+    """What a linear sees that gets the rows of one modality only (CogVLM2's experts).
+
+    Args:
+        context: Of the whole pass.
+        modality: Whose rows.
+    """
+
+    def __init__(self, context: ModalityContext, modality: Modality) -> None:
+        self._context = context
+        self._is_visual = modality is Modality.VISUAL
+
+    @property
+    def visual(self) -> None:
+        """No row needs telling apart from another."""
+        return None
+
+    @property
+    def valid(self) -> Tensor | None:
+        """(rows,) bool, False at padding, or None when nothing is padded."""
+        valid, visual = self._context.valid, self._context.visual
+        if valid is None:
+            return None
+        if visual is None:
+            return valid.reshape(-1)
+        return valid[visual if self._is_visual else ~visual]
+
+    def row_index(self) -> None:
+        return None
+
+
 class _Removable(Protocol):
     def remove(self) -> None: ...
 
@@ -55,6 +98,14 @@ class Hooks:
         """Takes every hook off the model; a second call does nothing."""
         while self._handles:
             self._handles.pop().remove()
+
+
+def row_context(layout: Layout, context: ModalityContext, name: str) -> RowContext | None:
+    """What linear ``name`` needs to know of its rows; None where they are no tokens of the LLM."""
+    if layout.quantized_linears()[name] is not Part.TEXT:
+        return None
+    modality = layout.modality_of(name)
+    return context if modality is None else ExpertContext(context, modality)
 
 
 def track_modality(model: nn.Module, layout: Layout, context: ModalityContext) -> Hooks:

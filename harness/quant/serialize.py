@@ -23,10 +23,9 @@ from mqbench.harness.errors import LayoutError, MissingWeightsError, MQBenchErro
 from mqbench.harness.quant.activation import InputQuantizer
 from mqbench.harness.quant.integer import quant_linears, simulated_weights
 from mqbench.harness.quant.kv_cache import activate_kv_quantizers
-from mqbench.harness.quant.layout import Layout, Part
 from mqbench.harness.quant.linear import QuantLinear, wrap_linears
 from mqbench.harness.quant.method import Restore
-from mqbench.harness.quant.modality import ModalityContext, track_modality
+from mqbench.harness.quant.modality import ModalityContext, RowContext, row_context, track_modality
 from mqbench.harness.quant.scheme import QuantArgs, Recipe, Strategy, Tokens
 from mqbench.harness.quant.session import LayerReport, QuantReport
 from mqbench.harness.quant.transforms import MODULES, build_module
@@ -127,7 +126,7 @@ def load_quantized(directory: Path, loaded: LoadedModel, restore: Restore | None
     if linears.keys() != structure["linears"].keys():
         raise LayoutError(f"'{directory}' holds other linears than '{loaded.name}' has; quantize the model again")
     for name, linear in linears.items():
-        _rebuild_linear(linear, structure["linears"][name], tensors, _context_of(name, layout, context))
+        _rebuild_linear(linear, structure["linears"][name], tensors, row_context(layout, context, name))
     _assign_all(model, tensors, structure["tied"])
     track_modality(model, layout, context)
     activate_kv_quantizers(model, layout)
@@ -192,7 +191,7 @@ def _describe(linear: QuantLinear, tensors: dict[str, Tensor]) -> dict[str, Any]
 
 
 def _rebuild_linear(
-    linear: QuantLinear, entry: Mapping[str, Any], tensors: dict[str, Tensor], context: ModalityContext | None
+    linear: QuantLinear, entry: Mapping[str, Any], tensors: dict[str, Tensor], context: RowContext | None
 ) -> None:
     """Takes the linear's tensors out of ``tensors``."""
     prefix = f"{linear.name}."
@@ -230,10 +229,6 @@ def _grid(linear: QuantLinear) -> WeightGrid:
 
 def _args(entry: Mapping[str, Any]) -> QuantArgs:
     return QuantArgs(**dict(entry) | {"strategy": Strategy(entry["strategy"])})
-
-
-def _context_of(name: str, layout: Layout, context: ModalityContext) -> ModalityContext | None:
-    return context if layout.quantized_linears()[name] is Part.TEXT else None
 
 
 def _assign_all(model: nn.Module, tensors: Mapping[str, Tensor], tied: Mapping[str, str]) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from mqbench.harness.quant.layout import Layout, Part
 from mqbench.harness.quant.linear import QuantLinear
-from mqbench.harness.quant.modality import ModalityContext
+from mqbench.harness.quant.modality import ModalityContext, RowContext, row_context
 from mqbench.harness.quant.scheme import QuantArgs, Recipe, Scheme
 
 Batch = Mapping[str, Tensor]
@@ -87,6 +87,10 @@ class Session:
 
     def part(self, name: str) -> Part:
         return self.layout.quantized_linears()[name]
+
+    def row_context(self, name: str) -> RowContext | None:
+        """What a linear knows of its rows; None where they are no tokens of the LLM."""
+        return row_context(self.layout, self.context, name)
 
     def scheme(self, name: str) -> Scheme:
         """The scheme of a linear: the text setting for the LLM, the vision setting for everything before it."""

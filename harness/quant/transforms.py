@@ -104,8 +104,92 @@ class RMSNorm(nn.Module):
         return f"eps={self.eps}"
 
 
+class CentredNorm(nn.Module):
+    """LayerNorm without an affine map of a stream in any orthonormal basis: RMSNorm of what is left of x once its part
+    along ``direction`` is taken out.
+
+    In the original basis the direction is (1, ..., 1) / sqrt(n) and this is LayerNorm; in a rotated one it is the image
+    of that vector. For streams whose mean somebody reads, so that their writers cannot be centred.
+
+    Args:
+        n: Width of the input.
+        eps: Added to the variance.
+
+    Attributes:
+        direction: (n,) of length 1.
+    """
+
+    kind = "centred_norm"
+    direction: Tensor
+
+    def __init__(self, n: int, eps: float) -> None:
+        super().__init__()
+        self.n = n
+        self.eps = eps
+        self.register_buffer("direction", torch.full((n,), n**-0.5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        direction = self.direction.to(wide.dtype)
+        wide = wide - (wide @ direction)[..., None] * direction
+        return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype)
+
+    def config(self) -> dict[str, Any]:
+        return {"kind": self.kind, "n": self.n, "eps": self.eps}
+
+    def extra_repr(self) -> str:
+        return f"{self.n}, eps={self.eps}"
+
+
+class AffineNorm(nn.Module):
+    """A norm that writes the residual stream: normalize, scale, change the basis, shift.
+
+    It stands behind the branches of a post-norm block and in front of block 0 (CLIP), where its affine map cannot move
+    into a reader. With ``rotate`` the stream's basis changes in between by a fast Hadamard transform; signs of the
+    rotation are part of ``gain``, and ``shift`` is rotated already.
+
+    Args:
+        n: Width of input and output.
+        eps: Added to the variance.
+        centre: Subtract the mean first (LayerNorm); without, the input is known to have none.
+        rotate: Hadamard transform behind the gain.
+
+    Attributes:
+        gain: (n,).
+        shift: (n,).
+    """
+
+    kind = "affine_norm"
+    gain: Tensor
+    shift: Tensor
+
+    def __init__(self, n: int, eps: float, centre: bool = True, rotate: bool = False) -> None:
+        super().__init__()
+        self.n = n
+        self.eps = eps
+        self.centre = centre
+        self.rotate = rotate
+        self.register_buffer("gain", torch.ones(n))
+        self.register_buffer("shift", torch.zeros(n))
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        if self.centre:
+            wide = wide - wide.mean(-1, keepdim=True)
+        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps) * self.gain
+        if self.rotate:
+            wide = hadamard_transform(wide)
+        return (wide + self.shift).to(x.dtype)
+
+    def config(self) -> dict[str, Any]:
+        return {"kind": self.kind, "n": self.n, "eps": self.eps, "centre": self.centre, "rotate": self.rotate}
+
+    def extra_repr(self) -> str:
+        return f"{self.n}, eps={self.eps}, centre={self.centre}, rotate={self.rotate}"
+
+
 MODULES: Mapping[str, type[nn.Module]] = MappingProxyType(
-    {cls.kind: cls for cls in (OnlineHadamard, HeadHadamard, RMSNorm, KVQuantizer)}
+    {cls.kind: cls for cls in (OnlineHadamard, HeadHadamard, RMSNorm, CentredNorm, AffineNorm, KVQuantizer)}
 )
 
 
