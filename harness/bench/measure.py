@@ -19,7 +19,7 @@ from mqbench.harness.bench.hadamard import hadamard
 from mqbench.harness.bench.linear import linear
 from mqbench.harness.bench.peaks import peaks
 from mqbench.harness.bench.spec import PEAKS, Case
-from mqbench.harness.bench.timing import Replay, timer_for
+from mqbench.harness.bench.timing import Replay, Timer, timer_for
 
 TASKS: Mapping[str, Callable[[Case, torch.device], Makers]] = MappingProxyType(
     {
@@ -113,32 +113,44 @@ def measure(
     """
     place = torch.device(device)
     notes: dict[str, str] = dict(skip)
-    ready: dict[str, _Ready] = {}
-    timer = timer_for(place, sample_ms)
     with torch.inference_mode():
         makers = TASKS[case.task](case, place)
-        for name, make in makers.items():
-            if name in skip:
-                continue
-            try:
-                contender = make()
-                check = _checked(contender)
-                ready[name] = _Ready(contender, check, timer.prepare(contender))
-            except Exception as error:  # anything may come from other people's libraries; the note says what
-                notes[name] = _note(name, error, place)
         baseline = next(iter(makers))
-        if baseline not in ready:
-            raise WrongResult(f"{baseline}: {notes[baseline]}")
+        wanted = {name: make for name, make in makers.items() if name not in skip}
+        ready = _prepared(wanted, timer_for(place, sample_ms), place, notes)
+        _need(baseline, ready, notes)
         _time(list(ready.items()), rounds, place)
-        for name in list(ready):
-            again = ready[name].contender.check(ready[name].replay.result)
-            if not again.ok:
-                notes[name] = f"{WRONG}: right at first, then an error of {again.error:.3g}, limit {again.limit:.3g}"
-                del ready[name]
-    if baseline not in ready:
-        raise WrongResult(f"{baseline}: {notes[baseline]}")
+        _drop_wrong(ready, notes)
+    _need(baseline, ready, notes)
     reference = ready[baseline].times_ms
     return Measurement(baseline, {name: _timed(entry, reference) for name, entry in ready.items()}, notes)
+
+
+def _prepared(makers: Makers, timer: Timer, device: torch.device, notes: dict[str, str]) -> dict[str, _Ready]:
+    """Everyone who passes the check, ready to be timed; the others get a note."""
+    ready: dict[str, _Ready] = {}
+    for name, make in makers.items():
+        try:
+            contender = make()
+            check = _checked(contender)
+            ready[name] = _Ready(contender, check, timer.prepare(contender))
+        except Exception as error:  # anything may come from other people's libraries; the note says what
+            notes[name] = _note(name, error, device)
+    return ready
+
+
+def _need(baseline: str, ready: Mapping[str, _Ready], notes: Mapping[str, str]) -> None:
+    if baseline not in ready:
+        raise WrongResult(f"{baseline}: {notes[baseline]}")
+
+
+def _drop_wrong(ready: dict[str, _Ready], notes: dict[str, str]) -> None:
+    """Those whose last timed result is no longer right get a note in place of times."""
+    for name, entry in list(ready.items()):
+        again = entry.contender.check(entry.replay.result)
+        if not again.ok:
+            notes[name] = f"{WRONG}: right at first, then an error of {again.error:.3g}, limit {again.limit:.3g}"
+            del ready[name]
 
 
 def _checked(contender: Contender) -> Check:

@@ -135,7 +135,8 @@ class Target:
         sign, limit = (">=", self.at_least) if self.at_least is not None else ("<=", self.at_most)
         of = "% of the copy bandwidth" if self.measure == BANDWIDTH else f"x {self.against}"
         of += "'s time" if self.measure == COST else ""
-        return f"{sign} {limit:g}{of if of.startswith('x') else ' ' + of}{self._rows_text()}"
+        names = f" ({', '.join(self.names)})" if self.names else ""
+        return f"{sign} {limit:g}{of if of.startswith('x') else ' ' + of}{self._rows_text()}{names}"
 
     def _rows_text(self) -> str:
         if self.rows_min == self.rows_max:
