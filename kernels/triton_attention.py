@@ -28,6 +28,8 @@ MAX_PACKED_ROWS = 64
 """Up to here the queries of all heads that share a key head stand in one tile, and its keys are read once."""
 
 MIN_BLOCKS_PER_SPLIT, MAX_SPLITS = 4, 32
+SMALLEST_HEAD_DIM = 64
+"""Head dimension of the first lines of the tables, which serve smaller ones too."""
 
 
 @dataclass(frozen=True)
@@ -42,15 +44,21 @@ class AttentionConfig:
 
 CONFIGS: Mapping[tuple[int, int], AttentionConfig] = MappingProxyType(
     {
-        (2, 64): AttentionConfig(128, 64, 4, 3),
+        (2, 64): AttentionConfig(128, 64, 8, 3),
         (2, 128): AttentionConfig(128, 64, 8, 2),
         (2, 256): AttentionConfig(64, 32, 8, 2),
-        (4, 64): AttentionConfig(32, 32, 4, 2),
+        (4, 64): AttentionConfig(16, 32, 4, 2),
         (4, 128): AttentionConfig(32, 32, 8, 2),
         (4, 256): AttentionConfig(16, 16, 8, 1),
     }
 )
-"""By bytes per element and padded head dimension. They fit in the 99 KiB of shared memory of compute capability 8.9."""
+"""By bytes per element and padded head dimension. They fit in the 99 KiB of shared memory of compute capability 8.9,
+and no register spills. Speeds are unmeasured."""
+
+PADDED_CONFIGS: Mapping[tuple[int, int], AttentionConfig] = MappingProxyType(
+    {**CONFIGS, (2, 128): AttentionConfig(128, 32, 8, 2)}
+)
+"""For head dimensions that are no power of two, whose masks take registers too."""
 
 
 @triton.jit
@@ -193,9 +201,8 @@ def attention(
         num_splits: Parts along the keys, a power of two; None chooses by the shapes and the GPU.
     """
     (batch, heads, num_queries, head_dim), (_, kv_heads, num_keys, _) = q.shape, k.shape
-    group, block_d = heads // kv_heads, max(MIN_TILE, triton.next_power_of_2(head_dim))
-    config = CONFIGS[q.element_size(), max(64, block_d)]
-    plan_m = triton_block_m(num_queries)
+    group, plan_m = heads // kv_heads, triton_block_m(num_queries)
+    config, block_d = attention_config(q.element_size(), head_dim)
     pack, block_m = _rows(num_queries, group, min(plan_m, config.block_m), config.block_m)
     num_tiles = triton.cdiv(num_queries * pack, block_m) * batch * (heads // pack)
     splits = num_splits or _num_splits(num_tiles, blocks.shape[2], q.device)
@@ -211,6 +218,13 @@ def attention(
     if splits > 1:
         rows = batch * num_queries * heads
         join_kernel[(rows,)](parts, peaks, totals, out, rows, HEAD_DIM=head_dim, BLOCK_D=block_d, SPLITS=splits)
+
+
+def attention_config(element_size: int, head_dim: int) -> tuple[AttentionConfig, int]:
+    """The tile for ``element_size`` bytes per element, and ``head_dim`` padded to a power of two."""
+    block_d = max(MIN_TILE, triton.next_power_of_2(head_dim))
+    table = CONFIGS if block_d == head_dim else PADDED_CONFIGS
+    return table[element_size, max(SMALLEST_HEAD_DIM, block_d)], block_d
 
 
 def _rows(num_queries: int, group: int, block_m: int, max_rows: int) -> tuple[int, int]:
@@ -234,5 +248,6 @@ def _parts(out: Tensor, splits: int) -> tuple[Tensor, Tensor | None, Tensor | No
     if splits == 1:
         return out, None, None
     shape = splits, *out.shape
-    rows = (torch.empty(shape[:-1], dtype=torch.float32, device=out.device) for _ in range(2))
-    return torch.empty(shape, dtype=torch.float32, device=out.device), *rows
+    parts = torch.empty(shape, dtype=torch.float32, device=out.device)
+    peaks, totals = (torch.empty(shape[:-1], dtype=torch.float32, device=out.device) for _ in range(2))
+    return parts, peaks, totals
