@@ -36,6 +36,7 @@ SINGLE: Mapping[str, type] = {
     "calib_samples": int,
     "calib_split": str,
     "backend": str,
+    "dtype": str,
     "options": dict,
 }
 
