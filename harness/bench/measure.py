@@ -20,6 +20,7 @@ from mqbench.harness.bench.linear import linear
 from mqbench.harness.bench.peaks import peaks
 from mqbench.harness.bench.spec import PEAKS, Case
 from mqbench.harness.bench.timing import Replay, Timer, timer_for
+from mqbench.harness.bench.worker import DeviceLost
 
 TASKS: Mapping[str, Callable[[Case, torch.device], Makers]] = MappingProxyType(
     {
@@ -32,15 +33,6 @@ TASKS: Mapping[str, Callable[[Case, torch.device], Makers]] = MappingProxyType(
 )
 
 MAX_NOTE_CHARACTERS = 300
-
-
-class DeviceLost(Exception):
-    """The GPU answers this process no more; the message says since when, ``contender`` who was at work."""
-
-    def __init__(self, contender: str, message: str) -> None:
-        super().__init__(contender, message)
-        self.contender = contender
-        self.message = message
 
 
 @dataclass(frozen=True)
@@ -183,10 +175,14 @@ def _time(entries: Sequence[tuple[str, _Ready]], rounds: int, device: torch.devi
                 entry.times_ms.append(time_ms)
 
 
+def median_ratio(reference: Sequence[float], times: Sequence[float]) -> float:
+    """Median over the rounds of the reference's time over the other's in the same round."""
+    return median(base / own for base, own in zip(reference, times, strict=True))
+
+
 def _timed(entry: _Ready, reference: Sequence[float]) -> Timed:
-    times = entry.times_ms
-    ratio = median(base / own for base, own in zip(reference, times, strict=True))
-    return Timed(tuple(times), ratio, entry.check, entry.contender.bytes, entry.contender.ops)
+    times, contender = tuple(entry.times_ms), entry.contender
+    return Timed(times, median_ratio(reference, times), entry.check, contender.bytes, contender.ops)
 
 
 def _note(name: str, error: Exception, device: torch.device) -> str:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from rich.table import Table
 
 from mqbench.harness.bench.catalog import CONTENDERS, UNAVAILABLE, Rate
-from mqbench.harness.bench.report import MISSED, NOT_MEASURED, Entry, Report, Verdict
+from mqbench.harness.bench.report import MET, MISSED, NOT_MEASURED, Entry, Report, Verdict
 from mqbench.harness.bench.spec import BANDWIDTH, PEAKS, TASKS, targets
 
 COMMAND = "mqbench bench kernels --device cuda --out results/records"
@@ -112,7 +112,11 @@ def _conditions_text(report: Report) -> str:
     states = [record.environment.get("kernels", {}).get("state", {}) for record in report.records]
     clocks = [state["sm_clock_mhz"] for state in states if "sm_clock_mhz" in state]
     limits = sorted({state["power_limit_w"] for state in states if "power_limit_w" in state})
-    parts = [f"{len(report.records)} cases", f"code version {report.version}", f"driver {last.get('driver') or '-'}"]
+    parts = [
+        f"{len(report.records)} case{'s' if len(report.records) > 1 else ''}",
+        f"code version {report.version}",
+        f"driver {last.get('driver') or '-'}",
+    ]
     parts += versions
     parts += [f"power limit {' / '.join(f'{limit:g}' for limit in limits)} W"] if limits else []
     parts += [f"SM clock {min(clocks):g} to {max(clocks):g} MHz"] if clocks else []
@@ -130,10 +134,13 @@ def _verdict_line(verdict: Verdict) -> Sequence[str]:
     value = "no valid time" if verdict.worst is None else f"{verdict.worst:.3g}{unit}"
     measured = "-" if verdict.state == NOT_MEASURED else f"{value} ({verdict.where})"
     state = verdict.state
+    if state == MET and verdict.places < verdict.wanted:
+        state += " where measured"
     if state == MISSED:
         more = len(verdict.missed) - MAX_MISSED
         state += f" at {'; '.join(verdict.missed[:MAX_MISSED])}" + (f" and {more} more" if more > 0 else "")
-    return target.title, target.limit_text, measured, str(verdict.places or "-"), state
+    places = f"{verdict.places} of {verdict.wanted}" if verdict.places else "-"
+    return target.title, target.limit_text, measured, places, state
 
 
 def _case_table(report: Report, case: str, entries: Sequence[Entry]) -> str:

@@ -36,6 +36,15 @@ Measure = Callable[[Case, Settings, dict[str, str]], "Measurement"]
 """Case, settings, and contenders to leave out with their notes."""
 
 
+class DeviceLost(Exception):
+    """The GPU answers this process no more; the message says since when, ``contender`` who was at work."""
+
+    def __init__(self, contender: str, message: str) -> None:
+        super().__init__(contender, message)
+        self.contender = contender
+        self.message = message
+
+
 class WorkerDied(Exception):
     """The process ended without an answer."""
 
@@ -71,8 +80,6 @@ class Bench:
             DeviceLost: too many contenders broke the device.
             WorkerDied: the worker process died.
         """
-        from mqbench.harness.bench.measure import DeviceLost
-
         lost: dict[str, str] = {}
         while True:
             try:
