@@ -41,7 +41,7 @@ def describe_device(device: str) -> dict[str, Any]:
         "l2_bytes": properties.L2_cache_size,
         "memory_bytes": properties.total_memory,
         "cuda": torch.version.cuda,
-        "state": query_state(f"GPU-{properties.uuid}"),
+        "state": query_state(f"GPU-{str(properties.uuid).removeprefix('GPU-')}"),
     }
 
 
