@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from mqbench.harness import discover
+from mqbench.harness.backend import check_recipes
 from mqbench.harness.errors import RequestError
 from mqbench.harness.inputs import Inputs, TaskInput, modality_of
 from mqbench.harness.quant.scheme import Recipe
@@ -130,7 +131,9 @@ def _wanted(request: Request) -> _Wanted:
         if info.kind is TaskKind.PROBE:
             _check_backend(info, request.backend)
     recipes = recipes_of(request, methods, pairs)
-    return _Wanted(request, infos, {method.name: method for method in methods}, recipes, check_device(request))
+    device, by_name = check_device(request), {method.name: method for method in methods}
+    check_recipes(request.backend, recipes, by_name)
+    return _Wanted(request, infos, by_name, recipes, device)
 
 
 def _check_backend(probe: TaskInfo, backend: str) -> None:

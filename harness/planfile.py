@@ -36,7 +36,6 @@ SINGLE: Mapping[str, type] = {
     "calib_samples": int,
     "calib_split": str,
     "backend": str,
-    "dtype": str,
     "options": dict,
 }
 
