@@ -99,7 +99,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, *, scale: float
 
 def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
     for name, x in (("q", q), ("k", k), ("v", v)):
-        check_dtype(name, x, (*FLOAT_DTYPES, torch.float64) if x is q else (q.dtype,))
+        check_dtype(name, x, (*FLOAT_DTYPES, torch.float64))
+        if x.dtype != q.dtype:
+            raise TypeError(f"{name} must be {_dtype_name(q)} as q is, got {_dtype_name(x)}")
         if x.dim() != 4:
             raise ValueError(f"{name} must have shape (batch, heads, tokens, head_dim), got {tuple(x.shape)}")
         if x.device != q.device:
@@ -114,11 +116,15 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
         raise ValueError(f"v must have shape {tuple(k.shape)} as k has, got {tuple(v.shape)}")
 
 
+def _dtype_name(x: Tensor) -> str:
+    return str(x.dtype).removeprefix("torch.")
+
+
 def _check_triton(q: Tensor) -> None:
     if q.dtype not in FLOAT_DTYPES or q.shape[3] > MAX_HEAD_DIM:
         raise ValueError(
             f"variant 'triton' needs q in 16 or 32 bits with a head_dim of at most {MAX_HEAD_DIM},"
-            f" got {str(q.dtype).removeprefix('torch.')} and {q.shape[3]}; take another variant"
+            f" got {_dtype_name(q)} and {q.shape[3]}; take another variant"
         )
     try:
         import triton
