@@ -63,10 +63,12 @@ def tables(session: nox.Session) -> None:
     shutil.rmtree(now, ignore_errors=True)
     for kind in ("table", "figure"):
         session.run("mqbench", kind, "all", "--render", str(now), silent=True)
+    session.run("mqbench", "bench", "report", "--render", str(now), silent=True)
     names = sorted({path.name for folder in (committed, now) for path in folder.iterdir() if is_compared(path)})
     changed = [name for name in names if not is_current(session, committed / name, now / name)]
     if changed:
-        session.error(f"not what the records say: {', '.join(changed)}; run mqbench table all and figure all")
+        what = "mqbench table all, mqbench figure all, mqbench bench report"
+        session.error(f"not what the records say: {', '.join(changed)}; run {what}")
 
 
 def is_compared(path: Path) -> bool:

@@ -44,7 +44,9 @@ DataDir = Annotated[
     Path | None, typer.Option(help="Folder with VLMEvalKit's TSV files, in place of the shipped mini benchmarks.")
 ]
 Device = Annotated[str, typer.Option(help="cpu, cuda (every GPU) or cuda:N.")]
-Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16; auto: float32 on cpu, bfloat16 on cuda.")]
+Dtype = Annotated[
+    str, typer.Option(help="auto, float32, bfloat16, float16 or float64; auto: float32 on cpu, bfloat16 on cuda.")
+]
 Backend = Annotated[
     str, typer.Option(help="simulated, or integer: int8 and packed 4-bit weights, integer matrix products.")
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import cached_property
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from mqbench.harness import discover, environment
 from mqbench.harness.backend import backend_of, choose_backend, layers_of
+from mqbench.harness.datasets.catalog import TASKS, find_task
 from mqbench.harness.errors import DatasetError, MissingWeightsError, MQBenchError, RequestError
 from mqbench.harness.inputs import modality_of_adapter
 from mqbench.harness.plan import Group
@@ -24,7 +25,10 @@ from mqbench.harness.store import RecordStore
 from mqbench.harness.tasks import Needs, TaskKind, TaskResult, task_info
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from mqbench.harness.datasets.files import TaskData
+    from mqbench.harness.evaluated import EvaluatedBatch
     from mqbench.harness.models.adapter import LoadedModel, ModelAdapter
     from mqbench.harness.quant.integer import BackendReport
     from mqbench.harness.quant.session import Batch, QuantReport
@@ -242,19 +246,15 @@ class Executor:
         return Measured(TaskResult(scored.score, scored.metrics, samples, arrays), prompts)
 
     def _perplexity(self, ready: Ready, cell: Cell) -> Measured:
-        from mqbench.harness.datasets.text import load_corpus, load_windows
         from mqbench.harness.finite import finite_outputs
         from mqbench.harness.perplexity import perplexity, window_losses
 
-        length = ready.adapter.context_length  # type: ignore[attr-defined]
-        found = load_corpus("test", self.request.data_dir).windows_hash(length)
-        _require_unchanged(found, cell.data_sha256, "the evaluated text")
-        loaded = ready.loaded
-        windows = load_windows(loaded.processor, length, cell.limit, self.request.data_dir)
+        loaded, windows = ready.loaded, self._windows(ready, cell)
         done, keep = self._resumed(cell)
         with finite_outputs(loaded.model, loaded.layout):
             losses = window_losses(loaded, windows, cell.batch_size, on_progress=keep, done=done)
-        metrics = {"perplexity": perplexity(losses), "num_items": float(len(windows)), "context_length": float(length)}
+        count, length = windows.shape
+        metrics = {"perplexity": perplexity(losses), "num_items": float(count), "context_length": float(length)}
         samples = tuple(Sample(index, "", loss) for index, loss in losses.items())
         return Measured(TaskResult(metrics["perplexity"], metrics, samples))
 
@@ -266,10 +266,30 @@ class Executor:
                 raise RequestError(f"task '{cell.task}' looks at calibration samples, and none were planned")
             return self._calibration_batches(ready.loaded, cell.calibration)
 
-        context = ProbeContext(ready.loaded, cell.recipe, ready.report, batches)
+        context = ProbeContext(
+            ready.loaded, cell.recipe, ready.report, batches, lambda: self._evaluated_batches(ready, cell)
+        )
         result = PROBES[cell.task].run(context)
         self.notify(Advanced(1))
         return Measured(result)
+
+    def _evaluated_batches(self, ready: Ready, cell: Cell) -> Iterable[EvaluatedBatch]:
+        from mqbench.harness.evaluated import benchmark_batches, rows_sha256, window_batches
+
+        if modality_of_adapter(ready.adapter) is Needs.TEXT:
+            return window_batches(ready.loaded, ready.adapter, self._windows(ready, cell), cell.batch_size)
+        parts = [self._rows_of(task, cell.limit) for task in TASKS]
+        _require_unchanged(rows_sha256(parts), cell.data_sha256, "what is evaluated")
+        return benchmark_batches(ready.loaded, ready.adapter, parts, cell.batch_size, self.evaluate)
+
+    def _windows(self, ready: Ready, cell: Cell) -> Tensor:
+        """The evaluated windows of text, (windows, context_length) token ids."""
+        from mqbench.harness.datasets.text import load_corpus, load_windows
+
+        length = ready.adapter.context_length  # type: ignore[attr-defined]
+        found = load_corpus("test", self.request.data_dir).windows_hash(length)
+        _require_unchanged(found, cell.data_sha256, "the evaluated text")
+        return load_windows(ready.loaded.processor, length, cell.limit, self.request.data_dir)
 
     def _resumed(self, cell: Cell) -> tuple[dict[str, str], Callable[[Mapping[str, str]], None]]:
         """The answers of a run that was killed in this cell, and what keeps new ones."""
@@ -284,15 +304,16 @@ class Executor:
         return done, keep
 
     def _task_data(self, cell: Cell) -> TaskData:
-        from mqbench.harness.datasets.catalog import find_task
-        from mqbench.harness.datasets.files import load_task
-
-        key = cell.task, cell.limit
-        if key not in self._data:
-            self._data[key] = load_task(find_task(cell.task), self.request.data_dir, cell.limit)
-        data = self._data[key]
+        data = self._rows_of(cell.task, cell.limit)
         _require_unchanged(data.content_hash, cell.data_sha256, str(data.source))
         return data
+
+    def _rows_of(self, task: str, limit: int | None) -> TaskData:
+        from mqbench.harness.datasets.files import load_task
+
+        if (task, limit) not in self._data:
+            self._data[task, limit] = load_task(find_task(task), self.request.data_dir, limit)
+        return self._data[task, limit]
 
     def _store_failure(self, cell: Cell, error: Exception, started: float, loaded: LoadedModel | None = None) -> None:
         text = "".join(traceback.format_exception(error))

@@ -15,11 +15,14 @@ from typing import Any
 
 from mqbench.harness.environment import ROOT
 from mqbench.harness.errors import FigureError
-from mqbench.harness.figure_panels import BUILDERS, Panel
+from mqbench.harness.figure_panels import BUILDERS as PANEL_BUILDERS
+from mqbench.harness.figure_panels import Panel
+from mqbench.harness.figure_sweeps import SWEEP_BUILDERS
 from mqbench.harness.probe_values import SIGNIFICANT_DIGITS
 from mqbench.harness.record import Record
 from mqbench.harness.select import check_scopes, select, the_only
-from mqbench.harness.table_caption import MEASURE_COMMAND, STANDIN_NOTE, STANDIN_PREFIX
+from mqbench.harness.sweep_records import is_sweep, measured_points
+from mqbench.harness.table_caption import MEASURE_COMMAND, STANDIN_NOTE, STANDIN_PREFIX, sweep_command, sweep_facts
 from mqbench.harness.tasks import TaskKind, task_info
 
 SPECS = ROOT / "results" / "specs"
@@ -29,6 +32,9 @@ VARYING = ("device", "dtype", "batch_size", "limit")
 IMAGE_FORMATS = ("png", "svg", "pdf")
 DATA_FORMAT = "csv"
 CAPTION_SUFFIX = ".txt"
+
+BUILDERS = {**PANEL_BUILDERS, **SWEEP_BUILDERS}
+"""Kinds of panels that a specification may name."""
 
 
 @dataclass(frozen=True)
@@ -53,13 +59,14 @@ class FigureSpec:
     """A figure as data (one TOML file in ``results/specs``).
 
     Attributes:
-        number: Of the paper's figure.
+        number: Of the paper's figure; 0 for one that only we have.
         title: First sentence of the caption.
         parts: In reading order.
         note: How to read it.
         columns: Panels side by side.
         width_in: Printed width in inches; ACM's text block is 7 wide, one column 3.33.
         row_height_in: Height of a row of panels in inches.
+        name: Of a figure without a number.
     """
 
     number: int
@@ -69,10 +76,20 @@ class FigureSpec:
     columns: int = 1
     width_in: float = 7.0
     row_height_in: float = 2.2
+    name: str = ""
 
     @property
     def stem(self) -> str:
-        return f"figure{self.number:02d}"
+        return _stem(self.name or str(self.number))
+
+    @property
+    def heading(self) -> str:
+        return self.title if self.name else f"Figure {self.number}. {self.title}"
+
+    @property
+    def sweeps(self) -> frozenset[str]:
+        """Tasks of its parts that are sweeps."""
+        return frozenset(filter(is_sweep, (BUILDERS[part.kind].task for part in self.parts)))
 
 
 @dataclass(frozen=True)
@@ -84,21 +101,21 @@ class Picture:
     caption: str
 
 
-def known_figures(folder: Path = SPECS) -> list[int]:
-    """Numbers of all figures with a specification."""
-    return [int(path.stem.removeprefix("figure")) for path in sorted(folder.glob("figure*.toml"))]
+def known_figures(folder: Path = SPECS) -> list[str]:
+    """Numbers and names of all figures with a specification."""
+    names = [path.stem.removeprefix("figure").lstrip("_") for path in sorted(folder.glob("figure*.toml"))]
+    return [str(int(name)) if name.isdecimal() else name for name in names]
 
 
-def load_figure(number: int, folder: Path = SPECS) -> FigureSpec:
-    """Reads ``figureNN.toml``.
+def load_figure(name: str | int, folder: Path = SPECS) -> FigureSpec:
+    """Reads ``figureNN.toml`` or ``figure_NAME.toml``.
 
     Raises:
         FigureError: there is none, or it names an unknown field or kind.
     """
-    path = folder / f"figure{number:02d}.toml"
+    path = folder / f"{_stem(str(name))}.toml"
     if not path.is_file():
-        known = ", ".join(map(str, known_figures(folder)))
-        raise FigureError(f"figure {number} has no specification; known: {known}")
+        raise FigureError(f"figure {name} has no specification; known: {', '.join(known_figures(folder))}")
     data = tomllib.loads(path.read_text(encoding="utf-8"))
     try:
         spec = FigureSpec(**{**data, "parts": tuple(Part(**part) for part in data["parts"])})
@@ -110,13 +127,24 @@ def load_figure(number: int, folder: Path = SPECS) -> FigureSpec:
     return spec
 
 
-def compose(records: Iterable[Record], spec: FigureSpec, filters: Mapping[str, Any] | None = None) -> Picture:
+def _stem(name: str) -> str:
+    return f"figure{int(name):02d}" if name.isdecimal() else f"figure_{name}"
+
+
+def compose(
+    records: Iterable[Record],
+    spec: FigureSpec,
+    filters: Mapping[str, Any] | None = None,
+    *,
+    may_be_empty: bool = False,
+) -> Picture:
     """Selects records and arranges their series.
 
     Args:
         records: In the order written; the newest of each cell counts.
         spec: What to show.
         filters: In addition to the specification's.
+        may_be_empty: A figure of sweeps may lack parts; its caption says what was not measured.
 
     Raises:
         FigureError: a part has no record, or a record lacks a series.
@@ -126,13 +154,30 @@ def compose(records: Iterable[Record], spec: FigureSpec, filters: Mapping[str, A
     panels: list[Panel] = []
     used: dict[str, Record] = {}
     for part in spec.parts:
-        chosen = _chosen(known, spec, part, filters or {})
+        part_is_sweep = is_sweep(BUILDERS[part.kind].task)
+        chosen = (_points if part_is_sweep else _chosen)(known, part, filters or {})
+        made = BUILDERS[part.kind].build(chosen, part.title, part.options) if chosen else []
+        if not made and not (part_is_sweep and may_be_empty):
+            raise _missing(spec, part)
         used |= {record.cell.key: record for record in chosen}
-        panels += BUILDERS[part.kind].build(chosen, part.title, part.options)
+        panels += made
     return Picture(spec, tuple(panels), caption(list(used.values()), spec))
 
 
-def _chosen(records: Sequence[Record], spec: FigureSpec, part: Part, filters: Mapping[str, Any]) -> list[Record]:
+def _missing(spec: FigureSpec, part: Part) -> FigureError:
+    task = BUILDERS[part.kind].task
+    command = sweep_command(task) if is_sweep(task) else MEASURE_COMMAND
+    return FigureError(
+        f"figure {spec.name or spec.number} needs an ok record of task '{task}'; run '{command}' first, or give "
+        "the folder of its records with --out"
+    )
+
+
+def _points(records: Sequence[Record], part: Part, filters: Mapping[str, Any]) -> list[Record]:
+    return measured_points(records, {BUILDERS[part.kind].task}, {**part.filters, **filters})
+
+
+def _chosen(records: Sequence[Record], part: Part, filters: Mapping[str, Any]) -> list[Record]:
     """One record per model, by name of the model.
 
     Of float records that differ in their calibration set alone, which ``select`` ignores, the largest set's counts.
@@ -141,11 +186,6 @@ def _chosen(records: Sequence[Record], spec: FigureSpec, part: Part, filters: Ma
     of_task = [record for record in records if record.cell.task == builder.task]
     chosen = select(of_task, {**part.filters, **filters})
     chosen = [record for record in chosen if builder.fits(record, part.options)]
-    if not chosen:
-        raise FigureError(
-            f"figure {spec.number} needs an ok record of task '{builder.task}'; run '{MEASURE_COMMAND}' first, or give "
-            "the folder of its records with --out"
-        )
     check_scopes(chosen, VARYING)
     by_model: dict[str, list[Record]] = {}
     for record in sorted(chosen, key=_num_calibration_samples, reverse=True):
@@ -160,6 +200,8 @@ def _num_calibration_samples(record: Record) -> int:
 
 def caption(records: Sequence[Record], spec: FigureSpec) -> str:
     """What a reader must know: models, device, calibration, and how to read the panels."""
+    sweeps = [record for record in records if is_sweep(record.cell.task)]
+    records = [record for record in records if not is_sweep(record.cell.task)]
     models = sorted({record.cell.model for record in records})
     named = [f"{name}{STANDIN_NOTE if name.startswith(STANDIN_PREFIX) else ''}" for name in models]
     measured = [record.cell for record in records if task_info(record.cell.task).kind is not TaskKind.BLUEPRINT]
@@ -167,11 +209,12 @@ def caption(records: Sequence[Record], spec: FigureSpec) -> str:
     sets = {cell.calibration for cell in measured if cell.calibration is not None}
     drawn = sorted(f"{info.num_samples} samples of {info.dataset}, {info.split}, seed {info.seed}" for info in sets)
     sentences = [
-        f"Figure {spec.number}. {spec.title}",
-        f"Models: {', '.join(named)}",
+        spec.heading,
+        f"Models: {', '.join(named)}" if named else "",
         f"Measured on: {'; '.join(devices)}" if devices else "",
         f"Activations over: {'; '.join(drawn)}" if drawn else "",
         "" if len(measured) == len(records) else "Token counts follow from configurations; nothing ran for them",
+        *(sweep_facts(sweeps, spec.sweeps) if spec.sweeps else []),
         spec.note,
     ]
     return " ".join(f"{sentence.rstrip('.')}." for sentence in sentences if sentence) + "\n"
@@ -197,6 +240,8 @@ def _number(value: float | None) -> str:
 def write(picture: Picture, folder: Path, formats: Sequence[str]) -> list[Path]:
     """Writes ``figureNN`` in each format, its data (csv) and its caption (txt); returns what was written.
 
+    Of a figure without panels there is only the caption.
+
     Raises:
         FigureError: an unknown format.
     """
@@ -208,8 +253,10 @@ def write(picture: Picture, folder: Path, formats: Sequence[str]) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     base = folder / picture.spec.stem
     data, words = base.with_suffix(f".{DATA_FORMAT}"), base.with_suffix(CAPTION_SUFFIX)
-    data.write_text(to_csv(picture), encoding="utf-8")
     words.write_text(picture.caption, encoding="utf-8")
+    if not picture.panels:
+        return [words]
+    data.write_text(to_csv(picture), encoding="utf-8")
     drawing = draw(picture)
     images = [base.with_suffix(f".{name}") for name in formats]
     for path in images:

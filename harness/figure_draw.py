@@ -33,6 +33,9 @@ MANY = 4
 
 LEGEND_CHARACTERS = 26
 BAR_WIDTH = 0.38
+STACK_WIDTH = 0.8
+"""Of the smallest distance between two stacks."""
+
 SYMLOG_START = 2.0**-8
 SYMLOG_TICKS = (-1000, -100, -10, -1, -0.1, 0, 0.1, 1, 10, 100, 1000)
 PNG_DPI = 200
@@ -115,6 +118,8 @@ def _draw_panel(panel: Panel, axes: Axes) -> None:
         hue = position if series.hue is None else series.hue
         if panel.style is Style.BARS:
             _bars(series, axes, hue, position - (len(panel.series) - 1) / 2)
+        elif panel.style is Style.STACK:
+            _bars(series, axes, hue, 0.0, _stack_width(panel))
         elif panel.style is Style.STEPS:
             axes.plot(series.x, series.y, color=_color(hue), label=series.label, drawstyle="steps-mid")
         else:
@@ -122,17 +127,24 @@ def _draw_panel(panel: Panel, axes: Axes) -> None:
     axes.set_title(panel.title, loc="left")
     axes.set(xlabel=panel.xlabel, ylabel=panel.ylabel)
     _scale(axes, panel)
+    if panel.start_of_clamped is not None:
+        axes.axvline(panel.start_of_clamped, color="black", linewidth=0.5, linestyle=":")
 
 
-def _bars(series: Series, axes: Axes, hue: int, offset: float) -> None:
-    """Bars from ``low`` to ``y``, beside those of the other series."""
-    centers = [x + offset * BAR_WIDTH for x in series.x]
+def _bars(series: Series, axes: Axes, hue: int, offset: float, width: float = BAR_WIDTH) -> None:
+    """Bars from ``low`` to ``y``, beside those of the other series or on top of them."""
+    centers = [x + offset * width for x in series.x]
     heights = [high - low for high, low in zip(series.y, series.low, strict=True)]
-    axes.bar(centers, heights, BAR_WIDTH, list(series.low), color=_color(hue), label=series.label)
+    axes.bar(centers, heights, width, list(series.low), color=_color(hue), label=series.label)
+
+
+def _stack_width(panel: Panel) -> float:
+    places = sorted({x for series in panel.series for x in series.x})
+    return STACK_WIDTH * min((right - left for left, right in pairwise(places)), default=1.0)
 
 
 def _scale(axes: Axes, panel: Panel) -> None:
-    """Scales, ticks and limits: linear axes of curves start at zero; bars have a line there."""
+    """Scales, ticks and limits: linear axes start at zero unless a curve lies below; bars have a line there."""
     from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator, StrMethodFormatter
 
     if panel.style is Style.BARS:
@@ -142,7 +154,7 @@ def _scale(axes: Axes, panel: Panel) -> None:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         return
     axes.set_yscale(panel.yscale)
-    if panel.yscale == "linear":
+    if panel.yscale == "linear" and all(y >= 0 for series in panel.series for y in series.y):
         axes.set_ylim(bottom=0)
     elif panel.style is Style.LINE:
         axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))

@@ -22,6 +22,7 @@ class Style(StrEnum):
     LINE = "line"
     STEPS = "steps"
     BARS = "bars"
+    STACK = "stack"
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,7 @@ class Panel:
         xscale: ``linear``, ``log`` or ``symlog``.
         yscale: The same.
         group: Panels of one group have equal y axes.
+        start_of_clamped: From this x on the model makes images smaller; marked by a line.
     """
 
     title: str
@@ -58,6 +60,7 @@ class Panel:
     xscale: str = "linear"
     yscale: str = "linear"
     group: str = ""
+    start_of_clamped: float | None = None
 
     @property
     def name(self) -> str:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from mqbench.harness import discover
+from mqbench.harness.datasets.catalog import TASKS
 from mqbench.harness.errors import CalibrationError
+from mqbench.harness.evaluated import rows_sha256
 from mqbench.harness.record import CalibrationInfo
 from mqbench.harness.request import Request
 from mqbench.harness.sources import Source
@@ -86,10 +88,18 @@ class Inputs:
             return TaskInput(rows.content_hash, len(rows), self.request.limit)
         if info.kind is TaskKind.PERPLEXITY:
             return self.text(source)
+        if info.uses_rows:
+            return self._rows(source)
         if not info.uses_calibration:
             return TaskInput(WEIGHTS_ONLY, 1)
         calibration = self.calibration(source)
         return TaskInput(calibration.sha256, 1, calibration=calibration)
+
+    def _rows(self, source: Source) -> TaskInput:
+        """All that is evaluated on a model: the windows of text, or the rows of every benchmark."""
+        if modality_of(source) is Needs.TEXT:
+            return replace(self.text(source), num_rows=1)
+        return TaskInput(rows_sha256([self.benchmark(name) for name in TASKS]), 1, self.request.limit)
 
     def calibration(self, source: Source) -> CalibrationInfo:
         """The samples that set a model's static scales.

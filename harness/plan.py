@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from mqbench.harness import discover
+from mqbench.harness.backend import check_recipes
 from mqbench.harness.errors import RequestError
 from mqbench.harness.inputs import Inputs, TaskInput, modality_of
 from mqbench.harness.quant.scheme import Recipe
@@ -127,10 +128,19 @@ def _wanted(request: Request) -> _Wanted:
     for info in infos:
         if info.kind is TaskKind.BLUEPRINT:
             raise RequestError(f"task '{info.name}' reads no weights; compute it with 'mqbench run --plan'")
-        if info.kind is TaskKind.PROBE and request.backend == INTEGER:
-            raise RequestError(f"task '{info.name}' looks at float weights; leave --backend {INTEGER} out")
+        if info.kind is TaskKind.PROBE:
+            _check_backend(info, request.backend)
     recipes = recipes_of(request, methods, pairs)
-    return _Wanted(request, infos, {method.name: method for method in methods}, recipes, check_device(request))
+    device, by_name = check_device(request), {method.name: method for method in methods}
+    check_recipes(request.backend, recipes, by_name)
+    return _Wanted(request, infos, by_name, recipes, device)
+
+
+def _check_backend(probe: TaskInfo, backend: str) -> None:
+    if probe.compares_backends and backend != INTEGER:
+        raise RequestError(f"task '{probe.name}' compares integers with the simulation; add --backend {INTEGER}")
+    if backend == INTEGER and not probe.compares_backends:
+        raise RequestError(f"task '{probe.name}' looks at float weights; leave --backend {INTEGER} out")
 
 
 def _groups_of_request(wanted: _Wanted, sources: Sources, num_rows: dict[str, int]) -> list[Group]:

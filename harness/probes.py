@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
 from mqbench.harness.errors import RequestError
+from mqbench.harness.evaluated import EvaluatedBatch
 from mqbench.harness.models.adapter import LoadedModel
 from mqbench.harness.probe_activations import activation_ranges
+from mqbench.harness.probe_backends import backend_agreement
 from mqbench.harness.probe_values import median, rounded
 from mqbench.harness.probe_weights import weight_distribution
 from mqbench.harness.quant.layout import Tower
@@ -29,12 +31,14 @@ class ProbeContext:
         recipe: How it was quantized; method ``none`` for the float model.
         report: What quantization said, or None for the float model and for folders quantized before.
         batches: Encodes the calibration samples; called only by probes with ``uses_calibration``.
+        evaluated: Encodes what is evaluated; called only by probes whose task has ``uses_rows``.
     """
 
     loaded: LoadedModel
     recipe: Recipe
     report: QuantReport | None
     batches: Callable[[], Sequence[Batch]]
+    evaluated: Callable[[], Iterable[EvaluatedBatch]] = tuple
 
 
 @dataclass(frozen=True)
@@ -127,6 +131,14 @@ PROBES: Mapping[str, Probe] = MappingProxyType(
                 Needs.ANY,
                 False,
                 weight_distribution,
+            ),
+            Probe(
+                "backend_agreement",
+                "same tokens",
+                "% of tokens predicted alike by both backends",
+                Needs.ANY,
+                False,
+                backend_agreement,
             ),
         )
     }

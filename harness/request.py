@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 TABLE3_METHODS = ("rtn", "smoothquant", "quarot", "mquant")
 TABLE3_BITS = ("w8a8/w4a8", "w4a8/w4a8")
 AUTO = "auto"
-DTYPES = ("float32", "bfloat16", "float16")
+DTYPES = ("float32", "bfloat16", "float16", "float64")
 BACKENDS = (SIMULATED, INTEGER)
 
 

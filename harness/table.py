@@ -14,19 +14,24 @@ from mqbench.harness.errors import TableError
 from mqbench.harness.paper_figures import Line, find_line, paper_lines
 from mqbench.harness.record import Record
 from mqbench.harness.select import FLOAT_METHOD, check_scopes, select
+from mqbench.harness.sweep_records import VARYING, figure, is_sweep, measured_points, ran_out_of_memory
 from mqbench.harness.table_caption import caption
-from mqbench.harness.table_formulas import FORMULAS, Figures
+from mqbench.harness.table_formulas import COMPARISONS, FORMULAS, Figures
 from mqbench.harness.table_places import Place, base_model, find_places
 from mqbench.harness.table_spec import Column, TableSpec, load_spec, spec_numbers, without_choice
 
 __all__ = ["Entry", "Frame", "Row", "build", "load_spec", "paper_lines", "render", "spec_numbers", "without_choice"]
 
 SCORE = "score"
+NO_MEMORY = "OOM"
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One place of a table; None where nothing is known. ``delta`` is measured minus float."""
+    """One place of a table; None where nothing is known. ``delta`` is measured minus float.
+
+    ``text`` is what the paper says in words, or why there is no measured figure.
+    """
 
     measured: float | None = None
     delta: float | None = None
@@ -88,8 +93,7 @@ def build(
     Raises:
         TableError: no record to show where rows come from records, or records with different settings.
     """
-    wanted = {**spec.filters, **(filters or {})}
-    chosen = select(records, wanted, prefer=spec.prefer, tasks=spec.tasks)
+    chosen = _chosen(list(records), spec, filters or {})
     floats = {(record.cell.model, record.cell.task): record for record in chosen if _is_float(record)}
     places = find_places(chosen, spec, may_be_empty=may_be_empty)
     if not places:
@@ -97,10 +101,29 @@ def build(
             f"no ok record for table {spec.number}; run 'mqbench eval' first, or give its folder with --out"
         )
     in_table = _records_of(places, floats)
-    check_scopes(in_table, spec.varying)
+    _check_settings(in_table, spec)
     rows = tuple(_row(spec, place, floats) for place in places)
     has_delta = any(entry.delta is not None for row in rows for entry in row.entries)
     return Frame(spec, rows, caption(in_table, spec, has_delta))
+
+
+def _chosen(records: Sequence[Record], spec: TableSpec, filters: Mapping[str, Any]) -> list[Record]:
+    """What may be shown: of the points of sweeps also those that ran out of memory."""
+    wanted = {**spec.filters, **filters}
+    others = spec.tasks - spec.sweeps
+    chosen = select(records, wanted if others else filters, prefer=spec.prefer, tasks=others)
+    return chosen + measured_points(records, spec.sweeps, wanted)
+
+
+def _check_settings(records: Sequence[Record], spec: TableSpec) -> None:
+    """Equal settings in the whole table, or, for sweeps, within the rows of one model and device."""
+    check_scopes([record for record in records if not is_sweep(record.cell.task)], spec.varying)
+    bodies: dict[tuple[str, str], list[Record]] = {}
+    for record in records:
+        if is_sweep(record.cell.task):
+            bodies.setdefault((record.cell.model, record.cell.device), []).append(record)
+    for body in bodies.values():
+        check_scopes(body, spec.varying | VARYING)
 
 
 def _records_of(places: Sequence[Place], floats: Mapping[tuple[str, str], Record]) -> list[Record]:
@@ -122,13 +145,18 @@ def _row(spec: TableSpec, place: Place, floats: Mapping[tuple[str, str], Record]
         if line is not None and column.paper and not column.text and line[column.paper]
     }
     figures = Figures(measured, reference, paper)
-    entries = (_entry(column, figures, line) for column, line in zip(spec.columns, lines, strict=True))
+    entries = []
+    for column, line, record in zip(spec.columns, lines, place.records, strict=True):
+        if column.is_sweep:
+            entries.append(_sweep_entry(column, record, place.fill, paper.get(column.header)))
+        else:
+            entries.append(_entry(column, figures, line))
     return Row(place.labels, tuple(entries))
 
 
 def _values(spec: TableSpec, records: Sequence[Record | None]) -> dict[str, float]:
     """The figures of one row by column header, without those that are missing."""
-    pairs = zip(spec.columns, records, strict=True)
+    pairs = [(column, record) for column, record in zip(spec.columns, records, strict=True) if not column.is_sweep]
     values = {column.header: _value(record, column, spec) for column, record in pairs if record is not None}
     return {header: value for header, value in values.items() if value is not None}
 
@@ -143,6 +171,19 @@ def _entry(column: Column, figures: Figures, line: Line | None) -> Entry:
     return Entry(value, delta, figures.paper.get(column.header))
 
 
+def _sweep_entry(column: Column, record: Record | None, fill: Mapping[str, str], paper: float | None) -> Entry:
+    """A figure of one system, or a comparison of two in the same record."""
+    if record is None:
+        return Entry(paper=paper)
+    metric, against = (name.format_map(fill) for name in (column.metric, column.against))
+    value = figure(record, metric)
+    if not column.formula:
+        text = NO_MEMORY if value is None and ran_out_of_memory(record, metric) else ""
+        return Entry(None if value is None else value * column.scale, paper=paper, text=text)
+    other = figure(record, against)
+    return Entry(COMPARISONS[column.formula](value, other) if value and other else None, paper=paper)
+
+
 def _paper_line(spec: TableSpec, place: Place, column: Column) -> Line | None:
     """The paper's row for one place.
 
@@ -151,7 +192,7 @@ def _paper_line(spec: TableSpec, place: Place, column: Column) -> Line | None:
     """
     key = {**place.paper, **column.paper_where}
     line = find_line(spec.paper, key) if column.paper else None
-    if line is None and spec.row and column.paper and key:
+    if line is None and spec.is_listed and column.paper and key:
         raise TableError(f"table {spec.number}: results/paper/{spec.paper} has no row {key}")
     return line
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 from mqbench.harness.record import Backend, Record
 from mqbench.harness.select import FLOAT_METHOD
+from mqbench.harness.sweep_records import CPU, SWEEP_PREFIX, is_clamped, is_sweep
 from mqbench.harness.table_spec import TableSpec
 from mqbench.harness.tasks import TaskKind, task_info
 
@@ -17,6 +19,11 @@ BACKENDS = {
 STANDIN_PREFIX = "standin"
 STANDIN_NOTE = " (a synthetic stand-in: no evidence about real checkpoints)"
 MEASURE_COMMAND = "mqbench run --plan results/plans/paper.toml"
+SWEEP_COMMAND = "mqbench sweep {name} --device cuda"
+CPU_CHECK = "Functional check on a CPU: its times say nothing about a GPU"
+RANDOM_WEIGHTS = "random:"
+CAPTION_PACKAGES = ("mqbench", "torch", "transformers")
+NUM_COMMIT_CHARACTERS = 12
 
 
 def caption(records: Sequence[Record], spec: TableSpec, has_delta: bool = True) -> str:
@@ -27,10 +34,56 @@ def caption(records: Sequence[Record], spec: TableSpec, has_delta: bool = True) 
         spec: The table.
         has_delta: Some place shows a difference to float.
     """
-    parts = [f"Table {spec.number}. {spec.title}", *(_facts(records) if records else [_nothing(spec)])]
+    sweeps = [record for record in records if is_sweep(record.cell.task)]
+    others = [record for record in records if not is_sweep(record.cell.task)]
+    parts = [f"Table {spec.number}. {spec.title}"]
+    parts += _facts(others) if others else [] if spec.tasks and spec.tasks == spec.sweeps else [_nothing(spec)]
+    parts += sweep_facts(sweeps, spec.sweeps) if spec.sweeps else []
     parts += [spec.note.rstrip(".")] if spec.note else []
     parts += [_reading(spec, has_delta)] if spec.tasks else []
     return ". ".join(parts) + "."
+
+
+def sweep_facts(records: Sequence[Record], tasks: Collection[str]) -> list[str]:
+    """Sentences on where and how sweeps ran, and on those of ``tasks`` that have no record."""
+    missing = sorted(set(tasks) - {record.cell.task for record in records})
+    devices = sorted({record.cell.device for record in records})
+    parts = [_timed_on(device, [record for record in records if record.cell.device == device]) for device in devices]
+    parts += [CPU_CHECK] if CPU in devices else []
+    if any(map(is_clamped, records)):
+        parts.append("Clamped: the model makes the image smaller, to its largest input; such sizes are one input")
+    if missing:
+        names = " and ".join(task.removeprefix(SWEEP_PREFIX) for task in missing)
+        commands = " and ".join(f"'{sweep_command(task)}'" for task in missing)
+        parts.append(f"Nothing was measured ({names}): no record of a GPU fits; run {commands} on a machine with one")
+    return parts
+
+
+def sweep_command(task: str) -> str:
+    """The command that makes records of a sweep."""
+    return SWEEP_COMMAND.format(name=task.removeprefix(SWEEP_PREFIX))
+
+
+def _timed_on(device: str, records: Sequence[Record]) -> str:
+    """Device, software, commit, model, weights and repeats of its records."""
+    environments = [record.environment for record in records]
+    repeats = sorted({record.cell.limit for record in records if record.cell.limit is not None})
+    random = any(record.cell.weights_sha256.startswith(RANDOM_WEIGHTS) for record in records)
+    models = sorted({f"{record.cell.model}, {record.cell.dtype}" for record in records})
+    software = " | ".join(sorted({_software(environment) for environment in environments}))
+    spread = f"{'-'.join(map(str, dict.fromkeys([repeats[0], repeats[-1]])))} repeats" if repeats else ""
+    parts = [" | ".join(models), "random weights" if random else "", f"medians of {spread}" if spread else ""]
+    return f"Timed on {device} ({software}): {', '.join(filter(None, parts))}"
+
+
+def _software(environment: Mapping[str, Any]) -> str:
+    """Driver, packages and commit, as far as a record has them."""
+    packages, git = environment.get("packages") or {}, environment.get("git") or {}
+    parts = [f"driver {environment['driver']}" if environment.get("driver") else ""]
+    parts += [f"{name} {packages[name]}" for name in CAPTION_PACKAGES if name in packages]
+    changed = " with changes" if git.get("dirty") else ""
+    parts += [f"commit {git['commit'][:NUM_COMMIT_CHARACTERS]}{changed}"] if git.get("commit") else []
+    return ", ".join(filter(None, parts)) or "versions unknown"
 
 
 def _facts(records: Sequence[Record]) -> list[str]:
@@ -65,4 +118,5 @@ def _nothing(spec: TableSpec) -> str:
 
 def _reading(spec: TableSpec, has_delta: bool) -> str:
     paper = f" [paper: {spec.paper_model}]" if spec.paper_model else " [paper]" if spec.paper else ""
-    return f"Each place: measured{' (delta to float)' if has_delta else ''}{paper}; -: not measured"
+    memory = "; OOM: out of memory" if spec.sweeps else ""
+    return f"Each place: measured{' (delta to float)' if has_delta else ''}{paper}; -: not measured{memory}"

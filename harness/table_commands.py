@@ -11,7 +11,8 @@ from mqbench.harness.environment import ROOT
 from mqbench.harness.errors import RequestError
 from mqbench.harness.record import Record
 from mqbench.harness.select import parse_filters
-from mqbench.harness.store import DEFAULT_OUT, RecordStore, prepare_folder
+from mqbench.harness.store import DEFAULT_OUT, prepare_folder
+from mqbench.harness.sweep_records import load_records
 from mqbench.harness.table import load_spec, render, spec_numbers
 
 ALL = "all"
@@ -39,11 +40,11 @@ def run_table(name: str, style: str, out: Path | None, where: Sequence[str], fol
         raise RequestError(f"'{name}' is no table; give a number or '{ALL}'; known: {_known()}")
     if name != ALL:
         spec = load_spec(int(name))
-        sys.stdout.write(render(RecordStore(out or DEFAULT_OUT).load(), spec, style, parse_filters(where), width))
+        sys.stdout.write(render(load_records(out or DEFAULT_OUT), spec, style, parse_filters(where), width))
         return
     source = out or SHIPPED
     target = folder or source.parent / RENDERED
-    files = render_all(RecordStore(source).load(), where)
+    files = render_all(load_records(source), where)
     prepare_folder(target)
     for file, text in files.items():
         (target / file).write_text(text, encoding="utf-8")

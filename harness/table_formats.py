@@ -22,7 +22,7 @@ def place(entry: Entry, column: Column, separator: str = " ", dash: str = DASH) 
     """``measured (delta) [paper]``; parts that do not apply are left out, a missing measurement is a dash."""
     if column.text:
         return entry.text or dash
-    parts = [_number(entry.measured, column.precision, dash)]
+    parts = [entry.text or _number(entry.measured, column.precision, dash)]
     if entry.delta is not None:
         parts.append(f"({_signed(entry.delta, column.precision)})")
     if entry.paper is not None:
@@ -125,8 +125,9 @@ FORMATS: Mapping[str, Callable[[Frame, int], str]] = {
 
 
 def _csv_value(entry: Entry, column: Column, name: str) -> str:
-    value = getattr(entry, name)
-    return value or DASH if column.text else _number(value, column.precision, DASH)
+    if name == "text" or (name == "measured" and entry.text):
+        return entry.text or DASH
+    return _number(getattr(entry, name), column.precision, DASH)
 
 
 def _number(value: float | None, precision: int, dash: str) -> str:

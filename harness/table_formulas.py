@@ -1,4 +1,4 @@
-"""Derived columns of tables: named formulas over the figures of one row."""
+"""Derived columns of tables: named formulas over the figures of one row, or over two metrics of one record."""
 
 from __future__ import annotations
 
@@ -46,3 +46,14 @@ FORMULAS: Mapping[str, Callable[[Figures, str], float | None]] = MappingProxyTyp
     }
 )
 """Derived columns by name: from the row's figures and the header of the column that the formula is ``of``."""
+
+COMPARISONS: Mapping[str, Callable[[float, float], float]] = MappingProxyType(
+    {
+        "gain_percent": lambda new, old: 100 * (old / new - 1),
+        "times": lambda value, unit: value / unit,
+    }
+)
+"""Derived columns by name, from two metrics of one record: ``metric``, and the one that it is set ``against``.
+
+``gain_percent`` is the paper's formula for speedups and for memory: 100 % is half of the time, or of the memory.
+"""

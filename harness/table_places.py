@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from mqbench.harness.errors import TableError
@@ -12,21 +13,32 @@ from mqbench.harness.paper_figures import Line, paper_lines, spelled
 from mqbench.harness.record import Record
 from mqbench.harness.select import FLOAT_METHOD, passes, settings_of, shown, the_only
 from mqbench.harness.sources import FOLDER_MARK
-from mqbench.harness.table_spec import MODEL, Column, RowSpec, TableSpec
+from mqbench.harness.sweep_records import is_clamped, is_sweep
+from mqbench.harness.table_spec import MODEL, Column, Points, RowSpec, TableSpec
 
 NO_MODEL = "-"
 FLOAT_BITS = "float/float"
 SETTING_IN_LABEL = re.compile(r"\{([^{}]+)\}")
+CLAMPED = "clamped"
+CLAMPED_MARK = f" ({CLAMPED})"
 
 
 @dataclass(frozen=True)
 class Place:
-    """One row before its figures are computed: a record or None per column, and what names the paper's row."""
+    """One row before its figures are computed: a record or None per column, and what names the paper's row.
+
+    ``fill`` is that of the row's specification.
+    """
 
     labels: tuple[str, ...]
     model: str
     records: tuple[Record | None, ...]
     paper: Mapping[str, str]
+    fill: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def is_clamped(self) -> bool:
+        return any(is_clamped(record) for record in self.records if record is not None)
 
 
 def find_places(records: Sequence[Record], spec: TableSpec, *, may_be_empty: bool = False) -> list[Place]:
@@ -40,7 +52,7 @@ def find_places(records: Sequence[Record], spec: TableSpec, *, may_be_empty: boo
     Raises:
         TableError: two records fit into one place.
     """
-    if spec.row:
+    if spec.is_listed:
         return _listed(records, spec)
     places = _combined(records, spec)
     if spec.paper_rows or (may_be_empty and not places):
@@ -62,7 +74,7 @@ def _combined(records: Sequence[Record], spec: TableSpec) -> list[Place]:
         groups.setdefault(labels, []).append(record)
     places = []
     for labels, group in groups.items():
-        found = tuple(_find(group, column, {}) for column in spec.columns)
+        found = tuple(_find(group, column, column.task, {}) for column in spec.columns)
         if any(found):
             places.append(Place(labels, group[0].cell.model, found, _paper_key(spec, group[0])))
     return places
@@ -89,40 +101,89 @@ def _paper_label(line: Line, columns: Mapping[str, str], setting: str) -> str:
 
 
 def _listed(records: Sequence[Record], spec: TableSpec) -> list[Place]:
-    """Rows as listed, once for every model that has a record for any of them.
+    """Rows as listed, once for every model, and device of its sweeps, that has a record for any of them.
 
     A quantized folder stands with the float records of the model that it was made of.
     """
     places = []
     for model in sorted({record.cell.model for record in records}):
-        known = [record for record in records if record.cell.model == model or _is_baseline(record, model)]
-        body = [_listed_place(known, row, spec, model) for row in spec.row]
-        if any(record.cell.model == model for place in body for record in place.records if record is not None):
-            places += body
-    return places or [_listed_place([], row, spec, NO_MODEL) for row in spec.row]
+        for device in _devices(records, model):
+            known = [record for record in records if _belongs(record, model, device)]
+            body = _body(known, spec, model, device)
+            if any(record.cell.model == model for place in body for record in place.records if record is not None):
+                places += body
+    return places or _body([], spec, NO_MODEL, NO_MODEL)
+
+
+def _devices(records: Sequence[Record], model: str) -> list[str]:
+    """Where the model's sweeps ran; figures of different devices never stand in one row."""
+    cells = [record.cell for record in records]
+    return sorted({cell.device for cell in cells if cell.model == model and is_sweep(cell.task)}) or [NO_MODEL]
+
+
+def _belongs(record: Record, model: str, device: str) -> bool:
+    if is_sweep(record.cell.task):
+        return record.cell.model == model and record.cell.device == device
+    return record.cell.model == model or _is_baseline(record, model)
+
+
+def _body(records: Sequence[Record], spec: TableSpec, model: str, device: str) -> list[Place]:
+    """The listed rows for one model and device."""
+    rows = spec.row if spec.points is None else _point_rows(records, spec, spec.points)
+    return [_listed_place(records, row, spec, (model, device)) for row in rows]
+
+
+def _point_rows(records: Sequence[Record], spec: TableSpec, points: Points) -> list[RowSpec]:
+    """A row for each value that was measured, and for each of the paper's that was not; in order of the values."""
+    paper = [line[points.paper] for line in paper_lines(spec.paper)]
+    measured = {shown(value) for value in _values(records, points.setting)}
+    printed = {value: points.printed.get(value, value) for value in measured}
+    shown_values = {value for value, text in printed.items() if text in paper or not points.only_paper}
+    values = shown_values | (set(paper) - set(printed.values()))
+    return [_point_row(value, printed.get(value, value), points, paper) for value in sorted(values, key=float)]
+
+
+def _values(records: Sequence[Record], setting: str) -> set[Any]:
+    sweeps = (settings_of(record) for record in records if is_sweep(record.cell.task))
+    return {settings[setting] for settings in sweeps if setting in settings}
+
+
+def _point_row(value: str, printed: str, points: Points, paper: Sequence[str]) -> RowSpec:
+    where = {points.setting: json.loads(value)}
+    key = {points.paper: printed} if printed in paper else {}
+    return RowSpec((f"{value}{{{CLAMPED}}}",), point=where, paper=key)
 
 
 def _is_baseline(record: Record, model: str) -> bool:
     return record.cell.recipe.method == FLOAT_METHOD and record.cell.model == base_model(model)
 
 
-def _listed_place(records: Sequence[Record], row: RowSpec, spec: TableSpec, model: str) -> Place:
-    found = tuple(_find(records, column, row.conditions) if row.where else None for column in spec.columns)
-    record = next(filter(None, found), None)
+def _listed_place(records: Sequence[Record], row: RowSpec, spec: TableSpec, heads: tuple[str, str]) -> Place:
+    found = tuple(_find_listed(records, row, column) for column in spec.columns)
+    place = Place((), heads[0], found, row.paper, row.fill)
+    record = next((record for record in found if record is not None and not is_sweep(record.cell.task)), None)
     settings = {"bits": FLOAT_BITS} if row.where.get("method") == FLOAT_METHOD else {}
     settings |= {name: shown(_first(value)) for name, value in row.where.items()}
+    settings |= {CLAMPED: CLAMPED_MARK if place.is_clamped else ""}
     if record is not None:
         settings |= {name: shown(value) for name, value in settings_of(record).items()}
-    labels = (model, *(_filled(label, settings, spec) for label in row.labels))
-    return Place(labels, model, found, row.paper)
+    labels = (*heads[: len(spec.heads)], *(_filled(label, settings, spec) for label in row.labels))
+    return replace(place, labels=labels)
 
 
-def _find(records: Sequence[Record], column: Column, conditions: Mapping[str, Any]) -> Record | None:
+def _find_listed(records: Sequence[Record], row: RowSpec, column: Column) -> Record | None:
+    """As ``_find``, by what the row says to a column of its kind."""
+    if column.is_sweep:
+        return _find(records, column, row.task or column.task, row.point)
+    return _find(records, column, column.task, row.conditions) if row.where else None
+
+
+def _find(records: Sequence[Record], column: Column, task: str, conditions: Mapping[str, Any]) -> Record | None:
     """The record that belongs where a row and a column meet."""
-    if not column.task:
+    if not task:
         return None
     wanted = _merged(conditions, column.where)
-    fitting = [record for record in records if record.cell.task == column.task]
+    fitting = [record for record in records if record.cell.task == task]
     return the_only([record for record in fitting if passes(settings_of(record), wanted)])
 
 

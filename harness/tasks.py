@@ -49,6 +49,8 @@ class TaskInfo:
         uses_calibration: A probe that reads the calibration samples whatever the recipe.
         runs_on_float: Not only on quantized models.
         runs_on_quantized: Not only on the float model.
+        uses_rows: A probe that reads what is evaluated: the rows of every benchmark, or the windows of text.
+        compares_backends: A probe of the integer backend; all others look at float weights.
     """
 
     name: str
@@ -60,6 +62,8 @@ class TaskInfo:
     uses_calibration: bool = False
     runs_on_float: bool = True
     runs_on_quantized: bool = True
+    uses_rows: bool = False
+    compares_backends: bool = False
 
     def fits(self, is_float: bool) -> bool:
         """Whether it runs on the float model, or on a quantized one."""
@@ -106,6 +110,16 @@ OTHERS = (
         TaskKind.PROBE,
         Needs.ANY,
         runs_on_quantized=False,
+    ),
+    TaskInfo(
+        "backend_agreement",
+        "same tokens",
+        "% of tokens predicted alike by both backends",
+        TaskKind.PROBE,
+        Needs.ANY,
+        runs_on_float=False,
+        uses_rows=True,
+        compares_backends=True,
     ),
     TaskInfo("model_size", "model size", "parameters, 10^9", TaskKind.BLUEPRINT, Needs.ANY),
     TaskInfo("visual_tokens", "visual tokens", "tokens", TaskKind.BLUEPRINT, Needs.ANY),

@@ -4,7 +4,12 @@ Query i sees key j iff ``position[j] <= position[i]`` and neither is padding, wh
 original sequence. Any order is allowed, so any number of images, padding and permuted caches are.
 
 A forward pass asks who sees whom once, not in every layer: `plan_attention` answers, `attend` runs a layer, and
-`aifs_attention` does both.
+`aifs_attention` does both. The operation is ``torch.ops.mqbench.aifs_attention``.
+
+Variant "auto" looks at the device and at whether queries and keys are the same tokens (`attention_plan.AUTO`). On CUDA
+a whole sequence is sorted, attended by torch's causal kernel and sorted back, because four copies of a row should cost
+less than leaving that kernel; queries after a cache go to our own kernel, which alone splits few queries over many
+keys and shares key heads under a mask. Both are unmeasured choices: no GPU has timed the variants yet.
 """
 
 from __future__ import annotations
@@ -94,7 +99,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, *, scale: float
 
 def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
     for name, x in (("q", q), ("k", k), ("v", v)):
-        check_dtype(name, x, (*FLOAT_DTYPES, torch.float64) if x is q else (q.dtype,))
+        check_dtype(name, x, (*FLOAT_DTYPES, torch.float64))
+        if x.dtype != q.dtype:
+            raise TypeError(f"{name} must be {_dtype_name(q)} as q is, got {_dtype_name(x)}")
         if x.dim() != 4:
             raise ValueError(f"{name} must have shape (batch, heads, tokens, head_dim), got {tuple(x.shape)}")
         if x.device != q.device:
@@ -109,11 +116,15 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
         raise ValueError(f"v must have shape {tuple(k.shape)} as k has, got {tuple(v.shape)}")
 
 
+def _dtype_name(x: Tensor) -> str:
+    return str(x.dtype).removeprefix("torch.")
+
+
 def _check_triton(q: Tensor) -> None:
     if q.dtype not in FLOAT_DTYPES or q.shape[3] > MAX_HEAD_DIM:
         raise ValueError(
             f"variant 'triton' needs q in 16 or 32 bits with a head_dim of at most {MAX_HEAD_DIM},"
-            f" got {str(q.dtype).removeprefix('torch.')} and {q.shape[3]}; take another variant"
+            f" got {_dtype_name(q)} and {q.shape[3]}; take another variant"
         )
     try:
         import triton
@@ -191,19 +202,29 @@ def _stock_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor
 def _flex(
     q: Tensor, k: Tensor, v: Tensor, query_position: Tensor, key_position: Tensor, tables: list[Tensor], scale: float
 ) -> Tensor:
-    from torch.nn.attention.flex_attention import BlockMask, flex_attention
+    from torch.nn.attention.flex_attention import BlockMask
 
     def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return key_position[batch, key] <= query_position[batch, query]
 
-    lengths = q.shape[2], k.shape[2]
-    blocks = BlockMask.from_kv_blocks(*tables, BLOCK_SIZE=FLEX_BLOCK, mask_mod=sees, seq_lengths=lengths)
-    run = _compiled_flex() if q.is_cuda else flex_attention
-    return run(q, k, v, block_mask=blocks, scale=scale, enable_gqa=q.shape[1] != k.shape[1])  # type: ignore[no-any-return]
+    counts, indices, whole_counts, whole_indices = tables
+    blocks = BlockMask.from_kv_blocks(
+        counts,
+        indices,
+        whole_counts,
+        whole_indices,
+        BLOCK_SIZE=FLEX_BLOCK,
+        mask_mod=sees,
+        seq_lengths=(q.shape[2], k.shape[2]),
+        compute_q_blocks=False,  # gradients alone need them
+    )
+    return _flex_function(q.is_cuda)(q, k, v, block_mask=blocks, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
 
 
 @cache
-def _compiled_flex() -> Callable[..., Any]:
+def _flex_function(is_cuda: bool) -> Callable[..., Tensor]:
+    """Compiled for GPUs alone; elsewhere it is a reference."""
     from torch.nn.attention.flex_attention import flex_attention
 
-    return torch.compile(flex_attention)
+    function: Callable[..., Any] = flex_attention
+    return torch.compile(function) if is_cuda else function

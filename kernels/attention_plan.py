@@ -20,6 +20,17 @@ VARIANTS = ("unpermute", "mask", "flex", "triton")
 """``unpermute`` sorts the tokens, runs torch's causal attention and sorts back; ``mask`` gives torch an explicit mask;
 ``flex`` is FlexAttention, compiled on GPUs; ``triton`` is our own kernel."""
 
+AUTO: Mapping[tuple[str, bool], tuple[str, ...]] = MappingProxyType(
+    {
+        ("cuda", True): ("unpermute",),
+        ("cuda", False): ("triton", "mask"),
+        ("cpu", True): ("unpermute",),
+        ("cpu", False): ("mask",),
+    }
+)
+"""What "auto" stands for: the first that can serve the arguments, by device (others count as ``cpu``) and by whether
+queries and keys are the same tokens. Unmeasured choices."""
+
 NEVER = 2**31 - 1
 """Position of a key that nobody sees."""
 
@@ -65,16 +76,13 @@ def plan_attention(
 ) -> AttentionPlan:
     """What `attend` needs to know, computed once for all layers; arguments are those of `aifs_attention`.
 
-    ``num_queries`` (T_q) is needed without ``query_position`` where it differs from T_k. "auto" takes ``unpermute``
-    where it can, else ``triton`` on GPUs and ``mask`` elsewhere.
+    ``num_queries`` (T_q) is needed without ``query_position`` where it differs from T_k. "auto" chooses by `AUTO`.
 
     Raises:
         TypeError: an argument of another dtype.
         ValueError: an argument of another shape or device, or a variant that cannot serve these arguments.
     """
-    if num_queries is None:
-        num_queries = (position if query_position is None else query_position).shape[-1]
-    check_positions(position, valid, query_position, num_queries)
+    num_queries = check_positions(position, valid, query_position, num_queries)
     if variant == "auto":
         variant = choose_variant(position, num_queries, query_position, takes_triton=True)
     _check_variant(variant, position, num_queries, query_position)
@@ -91,14 +99,24 @@ def plan_attention(
 
 
 def choose_variant(position: Tensor, num_queries: int, query_position: Tensor | None, takes_triton: bool) -> str:
-    """What "auto" stands for: ``unpermute`` where it can, else ``triton`` on GPUs and ``mask`` elsewhere."""
-    if query_position is None and num_queries == position.shape[1]:
-        return "unpermute"
-    return "triton" if takes_triton and position.is_cuda and find_spec("triton") is not None else "mask"
+    """The first variant of `AUTO` that can serve; ``takes_triton`` says whether our kernel takes q, k and v."""
+    has_triton = takes_triton and find_spec("triton") is not None
+    same_tokens = query_position is None and num_queries == position.shape[1]
+    variants = AUTO["cuda" if position.is_cuda else "cpu", same_tokens]
+    return next(variant for variant in variants if has_triton or variant != "triton")
 
 
-def check_positions(position: Tensor, valid: Tensor | None, query_position: Tensor | None, num_queries: int) -> None:
-    """Raises TypeError or ValueError unless they fit each other; values are not looked at: a GPU would wait."""
+def check_positions(
+    position: Tensor, valid: Tensor | None, query_position: Tensor | None, num_queries: int | None
+) -> int:
+    """T_q; ``num_queries`` None takes the shape of ``query_position``, else that of ``position``.
+
+    Values are not looked at: a GPU would wait.
+
+    Raises:
+        TypeError: an argument of another dtype.
+        ValueError: arguments that do not fit each other.
+    """
     check_dtype("position", position, (torch.int32,))
     if position.dim() != 2:
         raise ValueError(f"position must have shape (batch, keys), got {tuple(position.shape)}")
@@ -107,11 +125,16 @@ def check_positions(position: Tensor, valid: Tensor | None, query_position: Tens
         _check_like("valid", valid, tuple(position.shape), position)
     if query_position is not None:
         check_dtype("query_position", query_position, (torch.int32,))
+        if num_queries is None:
+            num_queries = query_position.shape[-1] if query_position.dim() else 0
         _check_like("query_position", query_position, (position.shape[0], num_queries), position)
-    elif not 0 <= num_queries <= position.shape[1]:
+        return num_queries
+    num_queries = position.shape[1] if num_queries is None else num_queries
+    if not 0 <= num_queries <= position.shape[1]:
         raise ValueError(
             f"query_position is needed for more queries than keys, got {num_queries} and {position.shape[1]}"
         )
+    return num_queries
 
 
 def _check_like(name: str, x: Tensor, shape: tuple[int, ...], position: Tensor) -> None:

@@ -16,6 +16,7 @@ from types import MappingProxyType
 
 import numpy as np
 
+from mqbench.kernels.gemm_configs import FAMILIES
 from mqbench.kernels.hadamard import hadamard_factors
 from mqbench.kernels.hadamard_construct import IntMatrix, base_matrix, is_power_of_two
 
@@ -25,11 +26,23 @@ MIN_TILE = 16
 MIN_ORDER = 12
 """Smallest order worth a product of its own inside a program."""
 
-MAX_SIDE = 320
-"""Largest padded order inside a program."""
+MAX_LEVELS = 2
+"""Doublings done by additions: each halves the inner product, and the tiles."""
+
+MAX_SIDE = 256
+"""Largest padded order inside a program: its signs alone take 128 KiB of shared memory."""
 
 MAX_ELEMENTS = 20480
 """Most padded elements of a row that stay in the registers of one program in float32, twice: before and after."""
+
+WARP_ELEMENTS, GROUP_ELEMENTS = 1280, 5120
+"""Most padded elements of a row for one warp, and for four; longer rows take eight."""
+
+SHARED_BYTES = FAMILIES[90].shared_memory_bytes
+"""Shared memory of a program on an H100; plans for other devices say theirs."""
+
+SHARED_MARGIN = 2048
+"""Bytes for reductions and for padding between buffers."""
 
 OUTER: Mapping[int, int] = MappingProxyType(
     {
@@ -44,7 +57,6 @@ OUTER: Mapping[int, int] = MappingProxyType(
         3584: 112,  # 28 * 4
         4320: 60,  # 4304 padded; inner 36 * 2
         5120: 80,
-        8960: 28,  # inner 20 * 16
         11008: 172,
         13824: 144,  # also 13696 padded; 12 * 12, inner 12 * 8
         14336: 112,
@@ -54,7 +66,7 @@ OUTER: Mapping[int, int] = MappingProxyType(
 )
 """Order of H_outer by width, for the widths of the models and powers of two; `cheapest_outer` finds others.
 
-Wider ones, such as 29568 = 44 * 672, lose leading factors to passes first.
+Others lose leading factors to passes first: 8960 = 28 * 320 and 29568 = 44 * 672.
 """
 
 
@@ -85,19 +97,62 @@ class Rows:
         return self.outer.order * self.inner.order
 
     @property
+    def levels(self) -> int:
+        """Doublings of an inner power of two that are additions; the product that is left has `inner_side`.
+
+        None where H_outer takes two tiles: there the smaller products cost more instructions than they save.
+        """
+        power = len(self.inner_factors) == 1 and is_power_of_two(self.inner.order) and not self.outer.second
+        return min((self.inner.order // MIN_TILE).bit_length() - 1, MAX_LEVELS) if power else 0
+
+    @property
+    def inner_side(self) -> int:
+        """Padded order of the inner product."""
+        return self.inner.padded >> self.levels
+
+    @property
+    def inner_signs(self) -> tuple[int, ...]:
+        """Factors of the inner product."""
+        return (self.inner.order >> self.levels,) if self.levels else self.inner_factors
+
+    @property
     def inner_first(self) -> bool:
         """The larger product comes first: its inputs need one 16-bit term, the sums that the second one reads two."""
-        return self.inner.padded > self.outer.padded
+        return self.levels == 0 and self.inner_side > self.outer.padded
 
     @property
     def cost(self) -> float:
         """Multiplications per element."""
-        small, large = sorted((self.outer.padded, self.inner.padded))
-        return small * large / self.width * (large + 2 * small)
+        terms = (2, 1) if self.inner_first else (1, 2)
+        waste = self.outer.padded * self.inner.padded / self.width
+        return waste * (terms[0] * self.outer.padded + terms[1] * self.inner_side)
+
+    @property
+    def elements(self) -> int:
+        """Padded elements of a row."""
+        return self.outer.padded * self.inner.padded
 
     @property
     def num_warps(self) -> int:
-        return 8 if self.outer.padded * self.inner.padded > 4096 else 4
+        return 1 if self.elements <= WARP_ELEMENTS else 4 if self.elements <= GROUP_ELEMENTS else 8
+
+    def shared_bytes(self, item_size: int, num_stages: int) -> float:
+        """Shared memory that no compiled program exceeds: both signs, a 16-bit operand, and scratch per element.
+
+        Args:
+            item_size: Bytes of an input.
+            num_stages: 2 where the next row is loaded while this one is computed.
+        """
+        operands = self.outer.padded**2 + self.inner_side**2 + self.elements
+        if self.outer.second or self.inner.second:
+            scratch = 4.0 if num_stages == 1 else 2.25 * item_size
+        else:
+            scratch = item_size - 2.0 if num_stages == 1 else item_size + 0.5
+        return 2 * operands + scratch * self.elements + SHARED_MARGIN
+
+    def num_stages(self, item_size: int, shared_bytes: int = SHARED_BYTES) -> int:
+        """1, 2, or 0 where not even one row fits into ``shared_bytes``."""
+        return max(stages for stages in (0, 1, 2) if not stages or self.shared_bytes(item_size, stages) <= shared_bytes)
 
 
 @dataclass(frozen=True)
@@ -128,16 +183,22 @@ class Plan:
 
 
 @cache
-def plan(n: int) -> Plan:
+def plan(n: int, item_size: int = 2, shared_bytes: int = SHARED_BYTES) -> Plan:
     """The plan for a width.
+
+    Args:
+        n: Width, padded already.
+        item_size: Bytes of an input.
+        shared_bytes: Shared memory that a program may take on the device.
 
     Raises:
         ValueError: no Hadamard matrix of order n can be built.
     """
-    rest, stages, groups = hadamard_factors(n), [], 1
+    stages: list[Stage] = []
+    rest, groups = hadamard_factors(n), 1
     while rest:
         rows = _rows(rest)
-        if rows is not None:
+        if rows is not None and rows.num_stages(item_size, shared_bytes):
             return Plan(n, rows, tuple(stages))
         factors, rest = _peel(rest)
         stages.append(Stage(factors, groups, prod(rest)))
@@ -161,7 +222,8 @@ def signs(factors: tuple[int, ...]) -> IntMatrix:
 def cheapest_outer(factors: tuple[int, ...]) -> int | None:
     """Order of H_outer with the fewest multiplications for this factorization, or None where no split fits."""
     options = [rows for outer in _prefixes(factors) if (rows := _split(factors, outer)) is not None]
-    return min(options, key=lambda rows: (rows.cost, -rows.outer.order)).outer.order if options else None
+    best = min(options, key=lambda rows: (rows.cost, -rows.outer.order), default=None)
+    return None if best is None else best.outer.order
 
 
 def _rows(factors: tuple[int, ...]) -> Rows | None:

@@ -28,6 +28,8 @@ MAX_PACKED_ROWS = 64
 """Up to here the queries of all heads that share a key head stand in one tile, and its keys are read once."""
 
 MIN_BLOCKS_PER_SPLIT, MAX_SPLITS = 4, 32
+SMALLEST_HEAD_DIM = 64
+"""Head dimension of the first lines of the tables, which serve smaller ones too."""
 
 
 @dataclass(frozen=True)
@@ -42,15 +44,21 @@ class AttentionConfig:
 
 CONFIGS: Mapping[tuple[int, int], AttentionConfig] = MappingProxyType(
     {
-        (2, 64): AttentionConfig(128, 64, 4, 3),
+        (2, 64): AttentionConfig(128, 64, 8, 3),
         (2, 128): AttentionConfig(128, 64, 8, 2),
         (2, 256): AttentionConfig(64, 32, 8, 2),
-        (4, 64): AttentionConfig(32, 32, 4, 2),
+        (4, 64): AttentionConfig(16, 32, 4, 2),
         (4, 128): AttentionConfig(32, 32, 8, 2),
         (4, 256): AttentionConfig(16, 16, 8, 1),
     }
 )
-"""By bytes per element and padded head dimension. They fit in the 99 KiB of shared memory of compute capability 8.9."""
+"""By bytes per element and padded head dimension. They fit in the 99 KiB of shared memory of compute capability 8.9,
+and in 16 bits no register spills. Speeds are unmeasured."""
+
+PADDED_CONFIGS: Mapping[tuple[int, int], AttentionConfig] = MappingProxyType(
+    {**CONFIGS, (2, 128): AttentionConfig(128, 32, 8, 2)}
+)
+"""For head dimensions that are no power of two, whose masks take registers too."""
 
 
 @triton.jit
@@ -193,24 +201,41 @@ def attention(
         num_splits: Parts along the keys, a power of two; None chooses by the shapes and the GPU.
     """
     (batch, heads, num_queries, head_dim), (_, kv_heads, num_keys, _) = q.shape, k.shape
-    group, block_d = heads // kv_heads, max(MIN_TILE, triton.next_power_of_2(head_dim))
-    config = CONFIGS[q.element_size(), max(64, block_d)]
-    plan_m = triton_block_m(num_queries)
-    pack, block_m = _rows(num_queries, group, min(plan_m, config.block_m), config.block_m)
-    num_tiles = triton.cdiv(num_queries * pack, block_m) * batch * (heads // pack)
+    config, sizes = constants(q.element_size(), head_dim, num_queries, heads // kv_heads)
+    num_tiles = triton.cdiv(num_queries * sizes["PACK"], sizes["BLOCK_M"]) * batch * (heads // sizes["PACK"])
     splits = num_splits or _num_splits(num_tiles, blocks.shape[2], q.device)
     parts, peaks, totals = _parts(out, splits)
     attention_kernel[num_tiles, splits](
         q, k, v, parts, peaks, totals, query_position, key_position, counts, blocks, scale * LOG2_E,
         batch, heads, num_queries, num_keys, blocks.shape[1], blocks.shape[2],
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
-        GROUP=group, PACK=pack, BLOCK_M=block_m, BLOCK_N=config.block_n, HEAD_DIM=head_dim, BLOCK_D=block_d,
-        SUB_M=1 if pack > 1 else plan_m // block_m, SUB_N=TRITON_BLOCK_N // config.block_n, SPLITS=splits,
-        num_warps=config.num_warps, num_stages=config.num_stages,
+        **sizes, SPLITS=splits, num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     if splits > 1:
         rows = batch * num_queries * heads
-        join_kernel[(rows,)](parts, peaks, totals, out, rows, HEAD_DIM=head_dim, BLOCK_D=block_d, SPLITS=splits)
+        join_kernel[(rows,)](
+            parts, peaks, totals, out, rows, HEAD_DIM=head_dim, BLOCK_D=sizes["BLOCK_D"], SPLITS=splits
+        )
+
+
+def constants(element_size: int, head_dim: int, num_queries: int, group: int) -> tuple[AttentionConfig, dict[str, int]]:
+    """The line of the table, and all constants of `attention_kernel` but ``SPLITS``.
+
+    Args:
+        element_size: Bytes per element of q, k and v.
+        head_dim: D.
+        num_queries: T_q.
+        group: Heads per key head.
+    """
+    block_d, plan_m = max(MIN_TILE, triton.next_power_of_2(head_dim)), triton_block_m(num_queries)
+    table = CONFIGS if block_d == head_dim else PADDED_CONFIGS
+    config = table[element_size, max(SMALLEST_HEAD_DIM, block_d)]
+    pack, block_m = _rows(num_queries, group, min(plan_m, config.block_m), config.block_m)
+    return config, {
+        "GROUP": group, "PACK": pack, "BLOCK_M": block_m, "BLOCK_N": config.block_n,
+        "HEAD_DIM": head_dim, "BLOCK_D": block_d,
+        "SUB_M": 1 if pack > 1 else plan_m // block_m, "SUB_N": TRITON_BLOCK_N // config.block_n,
+    }  # fmt: skip
 
 
 def _rows(num_queries: int, group: int, block_m: int, max_rows: int) -> tuple[int, int]:
@@ -234,5 +259,6 @@ def _parts(out: Tensor, splits: int) -> tuple[Tensor, Tensor | None, Tensor | No
     if splits == 1:
         return out, None, None
     shape = splits, *out.shape
-    rows = (torch.empty(shape[:-1], dtype=torch.float32, device=out.device) for _ in range(2))
-    return torch.empty(shape, dtype=torch.float32, device=out.device), *rows
+    parts = torch.empty(shape, dtype=torch.float32, device=out.device)
+    peaks, totals = (torch.empty(shape[:-1], dtype=torch.float32, device=out.device) for _ in range(2))
+    return parts, peaks, totals

@@ -1,4 +1,4 @@
-"""Fast Hadamard transforms of rows on a GPU, alone, behind SiLU * up, and before quantization.
+"""Fast Hadamard transforms of rows on a GPU, alone and before quantization.
 
 ``hadamard_plan`` says how a width runs: in one program per row where it fits, quantization included; otherwise through
 memory, in passes over float32 sums, with quantization as a pass of its own.
@@ -14,17 +14,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mqbench.kernels.gemm_configs import FAMILIES, family_of
 from mqbench.kernels.hadamard import padded_size
-from mqbench.kernels.hadamard_plan import MIN_TILE, Plan, Rows, Stage, plan, signs
+from mqbench.kernels.hadamard_plan import MIN_TILE, SHARED_BYTES, Plan, Rows, Stage, plan, signs
 from mqbench.kernels.triton_elementwise import quantize_static, quantize_token
 from mqbench.kernels.triton_epilogue import to_dtype
 from mqbench.kernels.triton_hadamard_rows import product, rows_kernel
-from mqbench.kernels.triton_levels import INPUT, activate
 
-SILU_MUL = "silu_mul"
-
-PROGRAMS_PER_SM = 4
-"""Programs that stay on the device and walk through the rows, per streaming multiprocessor."""
+WARPS_PER_SM = 32
+"""Warps of programs that stay on the device and walk through the rows, per streaming multiprocessor."""
 
 INTERPRETER_PROGRAMS = 2
 
@@ -34,8 +32,8 @@ STAGE_ROWS, STAGE_COLUMNS, STAGE_K = 128, 64, 64
 
 @triton.jit
 def stage_kernel(
-    x, up, signs_h, out, vectors, K, factor,
-    GROUPS: tl.constexpr, ORDER: tl.constexpr, STRIDE: tl.constexpr, TERMS: tl.constexpr, KIND: tl.constexpr,
+    x, signs_h, out, vectors, K, factor,
+    GROUPS: tl.constexpr, ORDER: tl.constexpr, STRIDE: tl.constexpr, TERMS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_VECTORS: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """H_ORDER over the middle axis of rows seen as (GROUPS, ORDER, STRIDE), times ``factor``; x has K columns a row."""
@@ -50,7 +48,7 @@ def stage_kernel(
         inputs = first + tl.arange(0, BLOCK_K)
         columns = inputs[:, None] * STRIDE + base[None, :]
         mask = (inputs < ORDER)[:, None] & (vector < vectors)[None, :] & (columns < K)
-        values = activate(x, up, row[None, :] * K + columns, mask, KIND)
+        values = tl.load(x + row[None, :] * K + columns, mask=mask, other=0.0).to(tl.float32)
         inside = (outputs < ORDER)[:, None] & (inputs < ORDER)[None, :]
         h = tl.load(signs_h + outputs[:, None] * ORDER + inputs[None, :], mask=inside, other=0)
         acc = product(h, values, acc, True, TERMS, in_type)
@@ -61,34 +59,20 @@ def stage_kernel(
 
 def hadamard(x: Tensor) -> Tensor:
     """See ``api.hadamard``; arguments are checked already, here and below."""
-    return _transform(x, None, INPUT)
+    return _transform(x, _plan(x))
 
 
 def hadamard_quantize(
     x: Tensor, scale: Tensor | None, row_index: Tensor | None, take_x0: bool, num_bits: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See ``api.hadamard_quantize``."""
-    return _quantize(x, None, INPUT, scale, row_index, take_x0, num_bits)
-
-
-def silu_mul_hadamard_quantize(
-    gate: Tensor, up: Tensor, scale: Tensor | None, row_index: Tensor | None, take_x0: bool, num_bits: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """``hadamard_quantize`` of ``silu(gate) * up``, which rounds as in ``api.silu_mul_quantize``."""
-    return _quantize(gate, up, SILU_MUL, scale, row_index, take_x0, num_bits)
-
-
-def _quantize(
-    x: Tensor, up: Tensor | None, kind: str, scale: Tensor | None, row_index: Tensor | None, take_x0: bool, num_bits: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Levels, row scales or empty, channel 0 or empty."""
-    how = plan(padded_size(x.shape[1]))
+    how = _plan(x)
     if not how.fused:
-        return _quantize_apart(_transform(x, up, kind), scale, row_index, take_x0, num_bits)
+        return _quantize_apart(_transform(x, how), scale, row_index, take_x0, num_bits)
     levels = x.new_empty(x.shape[0], how.width, dtype=torch.int8)
     row_scale = x.new_empty(x.shape[0] if scale is None else 0, dtype=torch.float32)
     x0 = x.new_empty(x.shape[0] if take_x0 else 0)
-    _run_rows(how, x, up, kind, levels, (scale, row_index, row_scale, x0 if take_x0 else None), 2 ** (num_bits - 1))
+    _run_rows(how, x, levels, (scale, row_index, row_scale, x0 if take_x0 else None), 2 ** (num_bits - 1))
     return levels, row_scale, x0
 
 
@@ -104,27 +88,28 @@ def _quantize_apart(
     return quantize_static(y, scale, row_index, num_bits), y.new_empty(0, dtype=torch.float32), x0
 
 
-def _transform(x: Tensor, up: Tensor | None, kind: str) -> Tensor:
+def _plan(x: Tensor) -> Plan:
+    return plan(padded_size(x.shape[1]), x.element_size(), _shared_bytes(x.device))
+
+
+def _transform(x: Tensor, how: Plan) -> Tensor:
     """(M, padded K) in the dtype of x: rows first, then the passes, which leave float32 between them."""
-    how = plan(padded_size(x.shape[1]))
     steps: list[Rows | Stage] = [step for step in (how.rows, *how.stages) if step is not None]
     dtype = x.dtype
     for step in steps:
         last = step is steps[-1]
         out = x.new_empty(x.shape[0], how.width, dtype=dtype if last else torch.float32)
         if isinstance(step, Rows):
-            _run_rows(how, x, up, kind, out, (None, None, None, None), 0)
+            _run_rows(how, x, out, (None, None, None, None), 0)
         else:
-            _run_stage(step, x, up, kind, out, how.width**-0.5 if last else 1.0)
-        x, up, kind = out, None, INPUT
+            _run_stage(step, x, out, how.width**-0.5 if last else 1.0)
+        x = out
     return x
 
 
 def _run_rows(
     how: Plan,
     x: Tensor,
-    up: Tensor | None,
-    kind: str,
     out: Tensor,
     quantized: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None],
     largest: int,
@@ -134,17 +119,15 @@ def _run_rows(
     assert rows is not None
     parts = how.width // rows.width
     if parts > 1 and x.shape[1] != how.width:
-        x, up = (None if t is None else torch.nn.functional.pad(t, (0, how.width - t.shape[1])) for t in (x, up))
-    assert x is not None
+        x = torch.nn.functional.pad(x, (0, how.width - x.shape[1]))
     count = x.shape[0] * parts
     if count == 0:
         return
     wide = x.dtype == torch.float32
-    rows_kernel[(min(count, _num_programs(x.device)),)](
+    rows_kernel[(min(count, _num_programs(x.device, rows.num_warps)),)](
         x,
-        up,
         _signs(rows.outer_factors, rows.outer.padded, False, x.device),
-        _signs(rows.inner_factors, rows.inner.padded, True, x.device),
+        _signs(rows.inner_signs, rows.inner_side, True, x.device),
         out,
         *quantized,
         count,
@@ -153,19 +136,20 @@ def _run_rows(
         A1=rows.outer.first,
         A2=rows.outer.second,
         B=rows.inner.order,
-        B1=rows.inner.first,
+        B1=rows.inner.first >> rows.levels,
         B2=rows.inner.second,
+        LEVELS=rows.levels,
         INNER_FIRST=rows.inner_first,
         TERMS_IN=3 if wide else 1,
         TERMS=3 if wide or out.dtype == torch.float32 else 2,
-        KIND=kind,
-        SCALED=parts == 1,
+        FACTOR=how.width**-0.5 if parts == 1 else 1.0,
         LARGEST=largest,
         num_warps=rows.num_warps,
+        num_stages=rows.num_stages(x.element_size(), _shared_bytes(x.device)),
     )
 
 
-def _run_stage(stage: Stage, x: Tensor, up: Tensor | None, kind: str, out: Tensor, factor: float) -> None:
+def _run_stage(stage: Stage, x: Tensor, out: Tensor, factor: float) -> None:
     """One pass over memory."""
     vectors = x.shape[0] * stage.groups * stage.stride
     if vectors == 0:
@@ -175,7 +159,6 @@ def _run_stage(stage: Stage, x: Tensor, up: Tensor | None, kind: str, out: Tenso
     terms = 1 if x.dtype != torch.float32 else 3 if out.dtype == torch.float32 else 2
     stage_kernel[triton.cdiv(vectors, STAGE_COLUMNS), triton.cdiv(stage.order, block_rows)](
         x,
-        up,
         _signs(stage.factors, stage.order, False, x.device),
         out,
         vectors,
@@ -185,7 +168,6 @@ def _run_stage(stage: Stage, x: Tensor, up: Tensor | None, kind: str, out: Tenso
         ORDER=stage.order,
         STRIDE=stage.stride,
         TERMS=terms,
-        KIND=kind,
         BLOCK_ROWS=block_rows,
         BLOCK_VECTORS=STAGE_COLUMNS,
         BLOCK_K=block_k,
@@ -204,7 +186,14 @@ def _signs(factors: tuple[int, ...], padded: int, transposed: bool, device: torc
         return torch.from_numpy(np.pad(np.ascontiguousarray(matrix), ((0, missing), (0, missing)))).to(device)
 
 
-def _num_programs(device: torch.device) -> int:
+def _num_programs(device: torch.device, num_warps: int) -> int:
     if device.type != "cuda":
         return INTERPRETER_PROGRAMS
-    return PROGRAMS_PER_SM * torch.cuda.get_device_properties(device).multi_processor_count
+    return WARPS_PER_SM // num_warps * torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _shared_bytes(device: torch.device) -> int:
+    """Shared memory that a program may take."""
+    if device.type != "cuda":
+        return SHARED_BYTES
+    return FAMILIES[family_of(torch.cuda.get_device_capability(device))].shared_memory_bytes

@@ -68,8 +68,13 @@ def static_scale(scale, row_index, row):
 
 @triton.jit
 def largest_magnitude(y):
-    """Bits of the largest ``|y|``: ordered like the numbers, with NaN above all, which a float maximum would drop."""
-    return tl.max(y.to(tl.int32, bitcast=True) & 0x7FFFFFFF)
+    """Bits of the largest ``|y|`` as a float32: ordered like the numbers, with NaN above all, which maxima drop."""
+    if y.dtype == tl.float32:
+        peak = tl.max(y.to(tl.int32, bitcast=True) & 0x7FFFFFFF)
+    else:
+        bits = tl.max((y.to(tl.int16, bitcast=True) & 0x7FFF).to(tl.int32))
+        peak = bits.to(tl.int16).to(y.dtype, bitcast=True).to(tl.float32).to(tl.int32, bitcast=True)
+    return peak
 
 
 @triton.jit

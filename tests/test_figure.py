@@ -97,8 +97,10 @@ def test_golden(number: int, suffix: str) -> None:
 
 
 def test_every_specification_is_known() -> None:
-    assert known_figures() == [1, 6, 9, 12]
-    assert all(load_figure(number).number == number for number in known_figures())
+    assert known_figures() == ["1", "6", "7", "9", "12", "latency", "memory"]
+    for name in known_figures():
+        spec = load_figure(name)
+        assert (spec.name or str(spec.number)) == name
 
 
 def test_equal_curves_are_one() -> None:
@@ -223,8 +225,8 @@ def test_different_weights_of_one_model_are_refused() -> None:
 
 
 def test_wrong_specifications(tmp_path: Path) -> None:
-    with pytest.raises(FigureError, match="figure 7 has no specification; known: 1, 6, 9, 12"):
-        load_figure(7)
+    with pytest.raises(FigureError, match="figure 8 has no specification; known: 1, 6, 7, 9, 12, latency, memory"):
+        load_figure(8)
     for body, message in (
         ('parts = [{ kind = "pie" }]', "unknown kind 'pie'"),
         ("parts = []\ncolour = 3", "colour"),
@@ -250,8 +252,10 @@ def test_the_command_draws_what_has_records_and_names_the_rest(
     with pytest.raises(FigureError, match=r"figure 1 needs .*; also without records: 9$"):
         run_figure("all", None, out, [], None)
     made = sorted(path.name for path in (tmp_path / "rendered").iterdir())
-    assert made == [f"figure{number}.{suffix}" for number in ("06", "12") for suffix in ("csv", "png", "svg", "txt")]
-    assert capsys.readouterr().out == f"8 files: {tmp_path / 'rendered'}\n"
+    drawn = [f"figure{number}.{suffix}" for number in ("06", "12") for suffix in ("csv", "png", "svg", "txt")]
+    captions = [f"figure{name}.txt" for name in ("07", "_latency", "_memory")]
+    assert made == sorted(drawn + captions)
+    assert capsys.readouterr().out == f"11 files: {tmp_path / 'rendered'}\n"
 
 
 def test_the_command_prints_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

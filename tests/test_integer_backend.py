@@ -362,9 +362,8 @@ def discordance(one: Tensor, other: Tensor, labels: Tensor) -> float:
 # --- mqbench eval --backend integer
 
 
-def run_cells(out: Path, **changes: Any) -> list[Finished]:
-    """Plans and runs in this process."""
-    request = Request(
+def request_for(out: Path, **changes: Any) -> Request:
+    return Request(
         **{
             "models": (STANDIN,),
             "methods": ("rtn",),
@@ -376,6 +375,11 @@ def run_cells(out: Path, **changes: Any) -> list[Finished]:
             **changes,
         }
     )
+
+
+def run_cells(out: Path, **changes: Any) -> list[Finished]:
+    """Plans and runs in this process."""
+    request = request_for(out, **changes)
     finished: list[Finished] = []
     plan = expand(request)
     executor = Executor(
@@ -391,8 +395,9 @@ def test_records_say_what_ran_and_stand_beside_simulated_ones(tmp_path: Path) ->
     assert [cell.reason for cell in run_cells(tmp_path, backend="integer")] == [""]  # the baseline is done
     assert run_cells(tmp_path) == run_cells(tmp_path, backend="integer") == []
     assert [cell.reason for cell in run_cells(tmp_path, backend="integer", bits=("w8a8/w8a16",))] == [""]
-    (failed,) = run_cells(tmp_path, backend="integer", bits=("w8a16",))
-    assert "can run in integers: its activations are in floating point" in failed.reason
+    only_text = {"quantize_tokens": "text"}  # what bits and the grid's options do not show
+    (failed,) = run_cells(tmp_path, backend="integer", bits=("float/w8a8",), options=only_text)
+    assert "can run in integers: only its text tokens have quantized activations" in failed.reason
     records = [record for record in RecordStore(tmp_path).load() if record.cell.recipe.method == "rtn"]
     assert [record.backend for record in records[:3]] == [Backend.SIMULATED, Backend.REAL, Backend.MIXED]
     assert [settings_of(record)["backend"] for record in records[:3]] == ["simulated", "real", "mixed"]
@@ -405,11 +410,71 @@ def test_records_say_what_ran_and_stand_beside_simulated_ones(tmp_path: Path) ->
 
 @pytest.mark.parametrize(
     ("changes", "message"),
-    [({"backend": "int"}, "unknown backend 'int'; did you mean 'integer'"), ({"tasks": ("eq9",)}, "looks at float")],
+    [
+        ({"backend": "int"}, "unknown backend 'int'; did you mean 'integer'"),
+        ({"tasks": ("eq9",)}, "looks at float"),
+        ({"tasks": ("backend_agreement",), "backend": "simulated"}, "add --backend integer"),
+        *(
+            ({"bits": (bits,)}, f"no layer of rtn {bits} can run in integers: .*; give other --bits, or leave")
+            for bits in ("w8a16/w8a16", "w16a8/w16a8", "float/w4a16int", "float/w4a8-g64")
+        ),
+        ({"bits": ("w4a8",), "methods": ("awq",)}, "no layer of awq w4a8/w4a8 can run in integers"),
+    ],
 )
 def test_a_request_that_makes_no_sense(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    """Found before anything is loaded."""
     with pytest.raises(MQBenchError, match=message):
-        run_cells(tmp_path, **{"backend": "integer", **changes})
+        expand(request_for(tmp_path, **{"backend": "integer", **changes}))
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+def test_whole_standin_on_evaluated_rows(tmp_path: Path, dtype: str) -> None:
+    """``backend_agreement`` for MQuant at 4 bits: the same function, and in float32 no more than other sums do."""
+    changes: dict[str, Any] = {
+        "methods": ("mquant",),
+        "tasks": ("backend_agreement",),
+        "dtype": dtype,
+        "calib_samples": 16,
+    }
+    changes["options"] = {"rounding": "rtn"}
+    (finished,) = run_cells(tmp_path, backend="integer", **changes)
+    assert finished.reason == ""
+    (record,) = RecordStore(tmp_path).load()
+    metrics = record.metrics
+    assert record.backend is Backend.REAL
+    assert metrics["agreement_percent"] == record.score
+    assert metrics["tokens"] > 500
+    assert metrics["answers"] == 20
+    if dtype == "float64":
+        assert record.score >= 100 * SAME_TOKENS
+        assert metrics["same_answers_percent"] == 100
+        assert metrics["max_logit_difference"] < 1e-6
+    else:
+        assert metrics["max_logit_difference"] > 0
+        assert record.score >= metrics["float64_sums_agreement_percent"] - 1
+
+
+@torch.no_grad()
+def test_the_standin_generates_through_transformers() -> None:
+    loaded = quantized_standin("mquant", "w4a8/w4a8", torch.float64)
+    (item, *_) = rows_of(32, 33, torch.float64)
+    expected = loaded.model.generate(**item.batch, max_new_tokens=8, do_sample=False)
+    assert use_integer_backend(loaded.model).complete
+    assert torch.equal(loaded.model.generate(**item.batch, max_new_tokens=8, do_sample=False), expected)
+
+
+@pytest.mark.parametrize("case", [CASES[0], CASES[5], CASES[7], CASES[12]])
+@torch.no_grad()
+def test_linears_compile_into_one_graph(case: tuple[str, str, dict[str, Any]]) -> None:
+    method, bits, options = case
+    loaded, _, _ = quantized(Recipe(method, *bits.split("/"), options=options), torch.float32)
+    use_integer_backend(loaded.model)
+    kinds = {(linear.in_features, linear.x0_bypass): linear for linear in quant_linears(loaded.model).values()}
+    for (width, _), linear in kinds.items():
+        torch._dynamo.reset()
+        x = torch.randn(5, width, generator=torch.Generator().manual_seed(0))
+        compiled = torch.compile(linear, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(x), linear(x), rtol=1e-6, atol=1e-6)
 
 
 def test_report_of_nothing_is_not_complete() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
 
 EXIT_BROKEN, EXIT_INTERRUPTED = 1, 130
 ALL = "all"
+DEVICE = re.compile(r"cuda(:\d+)?")
 MARKDOWN, DATA = "kernels.md", "kernels.csv"
 
 bench = typer.Typer(no_args_is_help=True, help="Measure the speed of the kernels on a GPU.")
@@ -62,10 +65,10 @@ def kernels(
     from mqbench.harness.bench.run import jobs_of, missing, store_in
 
     chosen = _profile(device, quick, tasks)
-    _check_device(device)
-    jobs, store, notes = jobs_of(chosen, device), store_in(out), Console(stderr=True)
+    kind = _kind_of(device, dry_run)
+    jobs, store, notes = jobs_of(chosen, kind), store_in(out), Console(stderr=True)
     waiting = missing(jobs, store)
-    text = f"{len(jobs)} cases on {jobs[0].cell.device}: {len(jobs) - len(waiting)} done, {len(waiting)} to measure"
+    text = f"{len(jobs)} cases on {kind}: {len(jobs) - len(waiting)} done, {len(waiting)} to measure"
     notes.print(text, markup=False, highlight=False)
     if dry_run:
         _print_jobs(jobs, waiting)
@@ -122,19 +125,29 @@ def _profile(device: str, quick: bool, tasks: str) -> Profile:
     return profile(CHECK if device == "cpu" else QUICK if quick else FULL, wanted)
 
 
-def _check_device(device: str) -> None:
-    """Raises RequestError when nothing can be measured on it."""
-    if device == "cpu":
-        return
-    if not device.startswith("cuda"):
-        raise RequestError(f"unknown device '{device}'; give cuda, cuda:N or cpu")
-    import os
+def _kind_of(device: str, dry_run: bool) -> str:
+    """``cpu`` or the GPU's name; cases can be listed without a GPU.
 
+    Raises:
+        RequestError: nothing can be measured on it.
+    """
+    if device == "cpu":
+        return device
+    if not DEVICE.fullmatch(device):
+        raise RequestError(f"unknown device '{device}'; give cuda, cuda:N or cpu")
     import torch
 
-    index = torch.device(device).index or 0
-    if index >= torch.cuda.device_count():
-        raise RequestError(f"no NVIDIA GPU for '{device}'; speed needs one, '--device cpu' only checks that all runs")
+    from mqbench.harness import environment
+
+    if (torch.device(device).index or 0) < torch.cuda.device_count():
+        _check_interpreter()
+        return environment.device_kind(device)
+    if dry_run:
+        return "a GPU, which is not here"
+    raise RequestError(f"no NVIDIA GPU for '{device}'; speed needs one, '--device cpu' only checks that all runs")
+
+
+def _check_interpreter() -> None:
     if os.environ.get("TRITON_INTERPRET", "0") == "1":
         raise RequestError("TRITON_INTERPRET=1 interprets kernels on the CPU; unset it to measure them")
 

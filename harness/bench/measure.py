@@ -19,7 +19,8 @@ from mqbench.harness.bench.hadamard import hadamard
 from mqbench.harness.bench.linear import linear
 from mqbench.harness.bench.peaks import peaks
 from mqbench.harness.bench.spec import PEAKS, Case
-from mqbench.harness.bench.timing import Replay, timer_for
+from mqbench.harness.bench.timing import Replay, Timer, timer_for
+from mqbench.harness.bench.worker import DeviceLost
 
 TASKS: Mapping[str, Callable[[Case, torch.device], Makers]] = MappingProxyType(
     {
@@ -32,15 +33,6 @@ TASKS: Mapping[str, Callable[[Case, torch.device], Makers]] = MappingProxyType(
 )
 
 MAX_NOTE_CHARACTERS = 300
-
-
-class DeviceLost(Exception):
-    """The GPU answers this process no more; the message says since when, ``contender`` who was at work."""
-
-    def __init__(self, contender: str, message: str) -> None:
-        super().__init__(contender, message)
-        self.contender = contender
-        self.message = message
 
 
 @dataclass(frozen=True)
@@ -113,32 +105,44 @@ def measure(
     """
     place = torch.device(device)
     notes: dict[str, str] = dict(skip)
-    ready: dict[str, _Ready] = {}
-    timer = timer_for(place, sample_ms)
     with torch.inference_mode():
         makers = TASKS[case.task](case, place)
-        for name, make in makers.items():
-            if name in skip:
-                continue
-            try:
-                contender = make()
-                check = _checked(contender)
-                ready[name] = _Ready(contender, check, timer.prepare(contender))
-            except Exception as error:  # anything may come from other people's libraries; the note says what
-                notes[name] = _note(name, error, place)
         baseline = next(iter(makers))
-        if baseline not in ready:
-            raise WrongResult(f"{baseline}: {notes[baseline]}")
+        wanted = {name: make for name, make in makers.items() if name not in skip}
+        ready = _prepared(wanted, timer_for(place, sample_ms), place, notes)
+        _need(baseline, ready, notes)
         _time(list(ready.items()), rounds, place)
-        for name in list(ready):
-            again = ready[name].contender.check(ready[name].replay.result)
-            if not again.ok:
-                notes[name] = f"{WRONG}: right at first, then an error of {again.error:.3g}, limit {again.limit:.3g}"
-                del ready[name]
-    if baseline not in ready:
-        raise WrongResult(f"{baseline}: {notes[baseline]}")
+        _drop_wrong(ready, notes)
+    _need(baseline, ready, notes)
     reference = ready[baseline].times_ms
     return Measurement(baseline, {name: _timed(entry, reference) for name, entry in ready.items()}, notes)
+
+
+def _prepared(makers: Makers, timer: Timer, device: torch.device, notes: dict[str, str]) -> dict[str, _Ready]:
+    """Everyone who passes the check, ready to be timed; the others get a note."""
+    ready: dict[str, _Ready] = {}
+    for name, make in makers.items():
+        try:
+            contender = make()
+            check = _checked(contender)
+            ready[name] = _Ready(contender, check, timer.prepare(contender))
+        except Exception as error:  # anything may come from other people's libraries; the note says what
+            notes[name] = _note(name, error, device)
+    return ready
+
+
+def _need(baseline: str, ready: Mapping[str, _Ready], notes: Mapping[str, str]) -> None:
+    if baseline not in ready:
+        raise WrongResult(f"{baseline}: {notes[baseline]}")
+
+
+def _drop_wrong(ready: dict[str, _Ready], notes: dict[str, str]) -> None:
+    """Those whose last timed result is no longer right get a note in place of times."""
+    for name, entry in list(ready.items()):
+        again = entry.contender.check(entry.replay.result)
+        if not again.ok:
+            notes[name] = f"{WRONG}: right at first, then an error of {again.error:.3g}, limit {again.limit:.3g}"
+            del ready[name]
 
 
 def _checked(contender: Contender) -> Check:
@@ -171,10 +175,14 @@ def _time(entries: Sequence[tuple[str, _Ready]], rounds: int, device: torch.devi
                 entry.times_ms.append(time_ms)
 
 
+def median_ratio(reference: Sequence[float], times: Sequence[float]) -> float:
+    """Median over the rounds of the reference's time over the other's in the same round."""
+    return median(base / own for base, own in zip(reference, times, strict=True))
+
+
 def _timed(entry: _Ready, reference: Sequence[float]) -> Timed:
-    times = entry.times_ms
-    ratio = median(base / own for base, own in zip(reference, times, strict=True))
-    return Timed(tuple(times), ratio, entry.check, entry.contender.bytes, entry.contender.ops)
+    times, contender = tuple(entry.times_ms), entry.contender
+    return Timed(times, median_ratio(reference, times), entry.check, contender.bytes, contender.ops)
 
 
 def _note(name: str, error: Exception, device: torch.device) -> str:

@@ -8,7 +8,7 @@ from functools import cached_property
 
 from mqbench.harness.bench.catalog import CONTENDERS, UNAVAILABLE, Rate
 from mqbench.harness.bench.run import OK
-from mqbench.harness.bench.spec import BANDWIDTH, COST, PEAKS, TASKS, Target, targets
+from mqbench.harness.bench.spec import BANDWIDTH, COST, FULL, PEAKS, TASKS, Target, profile, targets
 from mqbench.harness.record import Backend, Record
 
 PEAK_CONTENDERS: Mapping[Rate, tuple[str, ...]] = {
@@ -67,6 +67,11 @@ class Verdict:
     where: str = ""
     places: int = 0
     missed: tuple[str, ...] = ()
+
+    @property
+    def wanted(self) -> int:
+        """Places that the target holds for in the whole benchmark; fewer were measured where part of it ran."""
+        return sum(self.target.covers(case.task, case.name, case.rows) for case in profile(FULL).cases)
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cache
-from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from mqbench.harness import environment
+from mqbench.harness.bench.device import describe_device, package_version
 from mqbench.harness.bench.spec import Case, Profile
 from mqbench.harness.bench.worker import Bench, Settings
 from mqbench.harness.record import Backend, Cell, Record, Sample, Status
@@ -29,7 +29,6 @@ VERSION = "1"
 """Of the way of measuring; raised when figures change their meaning."""
 
 CODE = environment.ROOT / "kernels"
-PACKAGES = ("triton", "fast-hadamard-transform", "torchao", "gemlite")
 FINGERPRINT_CHARACTERS = 12
 OK = "ok"
 
@@ -47,13 +46,8 @@ def store_in(folder: Path) -> RecordStore:
     return RecordStore(folder, KERNEL_RECORDS)
 
 
-def jobs_of(profile: Profile, device: str) -> tuple[Job, ...]:
-    """The cells of a profile on this machine.
-
-    Raises:
-        RuntimeError: torch cannot use the device.
-    """
-    kind = environment.device_kind(device)
+def jobs_of(profile: Profile, kind: str) -> tuple[Job, ...]:
+    """The cells of a profile on one kind of device: ``cpu``, or the GPU's name."""
     return tuple(Job(case, case.cell(kind, code_version(), profile.rounds)) for case in profile.cases)
 
 
@@ -122,26 +116,8 @@ def code_version() -> str:
     for path in sorted(CODE.glob("*.py")):
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
     for name in ("torch", "triton"):
-        digest.update(f"{name} {_version(name)}".encode())
+        digest.update(f"{name} {package_version(name)}".encode())
     return f"{VERSION}-{digest.hexdigest()[:FINGERPRINT_CHARACTERS]}"
-
-
-def describe_device(device: str) -> dict[str, Any]:
-    """What timings depend on besides the packages that every record names."""
-    packages = {name: version for name in PACKAGES if (version := _version(name))}
-    if not device.startswith("cuda"):
-        return {"packages": packages}
-    import torch
-
-    properties = torch.cuda.get_device_properties(device)
-    return {
-        "packages": packages,
-        "capability": [properties.major, properties.minor],
-        "num_sms": properties.multi_processor_count,
-        "l2_bytes": properties.L2_cache_size,
-        "memory_bytes": properties.total_memory,
-        "cuda": torch.version.cuda,
-    }
 
 
 def _measured(job: Job, settings: Settings, store: RecordStore, bench: Bench) -> Record:
@@ -168,10 +144,3 @@ def _metrics(measurement: Measurement) -> Mapping[str, float]:
             f"{name}_error_limit": entry.check.limit,
         }
     return metrics
-
-
-def _version(name: str) -> str:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return ""

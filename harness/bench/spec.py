@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import tomllib
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import MISSING, asdict, dataclass, fields
 from functools import cache
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from mqbench.harness.bench.catalog import CONTENDERS
 from mqbench.harness.environment import ROOT
 from mqbench.harness.errors import RequestError, UnknownNameError
 from mqbench.harness.quant.scheme import Recipe
@@ -135,7 +136,8 @@ class Target:
         sign, limit = (">=", self.at_least) if self.at_least is not None else ("<=", self.at_most)
         of = "% of the copy bandwidth" if self.measure == BANDWIDTH else f"x {self.against}"
         of += "'s time" if self.measure == COST else ""
-        return f"{sign} {limit:g}{of if of.startswith('x') else ' ' + of}{self._rows_text()}"
+        names = f" ({', '.join(self.names)})" if self.names else ""
+        return f"{sign} {limit:g}{of if of.startswith('x') else ' ' + of}{self._rows_text()}{names}"
 
     def _rows_text(self) -> str:
         if self.rows_min == self.rows_max:
@@ -178,10 +180,22 @@ def targets() -> tuple[Target, ...]:
     """All targets in the order of the file.
 
     Raises:
-        RequestError: one has no limit, two of them, or an unknown measure.
+        RequestError: a field is unknown or missing, there is no limit or two of them, or the measure is unknown.
+        UnknownNameError: no such contender.
     """
-    found = tuple(Target(**{**entry, "names": tuple(entry.get("names", ()))}) for entry in load()["targets"])
-    for target in found:
-        if (target.at_least is None) == (target.at_most is None) or target.measure not in MEASURES:
-            raise RequestError(f"{SPEC.name}: target '{target.title}' needs one limit and a measure of {MEASURES}")
-    return found
+    return tuple(_target(entry) for entry in load()["targets"])
+
+
+def _target(entry: Mapping[str, Any]) -> Target:
+    where = f"{SPEC.name}, target '{entry.get('title', '?')}'"
+    unknown = entry.keys() - {item.name for item in fields(Target)}
+    missing = {item.name for item in fields(Target) if item.default is MISSING} - entry.keys()
+    if unknown or missing:
+        raise RequestError(f"{where}: unknown {sorted(unknown)}, missing {sorted(missing)}")
+    target = Target(**{**entry, "names": tuple(entry.get("names", ()))})
+    if (target.at_least is None) == (target.at_most is None) or target.measure not in MEASURES:
+        raise RequestError(f"{where} needs one limit and a measure of {', '.join(MEASURES)}")
+    for name in (target.contender, target.against) if target.measure != BANDWIDTH else (target.contender,):
+        if name not in CONTENDERS:
+            raise UnknownNameError("contender", name, CONTENDERS)
+    return target

@@ -104,9 +104,11 @@ class _GraphReplay:
     def __init__(self, calls: list[Call], repeats: int) -> None:
         self._num_calls = len(calls) * repeats
         self._graph = torch.cuda.CUDAGraph()
-        results: deque[Any] = deque(maxlen=len(calls))
+        results: deque[Any] = deque()
         with torch.cuda.graph(self._graph):
             for call in calls * repeats:
+                if len(results) == len(calls):
+                    results.popleft()
                 results.append(call())
         self.result = results[-1]
 

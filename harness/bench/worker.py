@@ -6,6 +6,7 @@ import gc
 import multiprocessing
 import os
 import threading
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -24,11 +25,24 @@ MAX_LOSSES = 3
 
 @dataclass(frozen=True)
 class Settings:
-    """How cases are measured."""
+    """How cases are measured; see ``measure``."""
 
     device: str
     rounds: int
     sample_ms: float
+
+
+Measure = Callable[[Case, Settings, dict[str, str]], "Measurement"]
+"""Case, settings, and contenders to leave out with their notes."""
+
+
+class DeviceLost(Exception):
+    """The GPU answers this process no more; the message says since when, ``contender`` who was at work."""
+
+    def __init__(self, contender: str, message: str) -> None:
+        super().__init__(contender, message)
+        self.contender = contender
+        self.message = message
 
 
 class WorkerDied(Exception):
@@ -39,10 +53,15 @@ class Bench:
     """Measures cases one after the other.
 
     On a GPU in a worker process, replaced when it dies or loses the device; elsewhere in this one.
+
+    Args:
+        settings: How.
+        measure: What measures a case, by default ``measure_here``; it is imported by name in the worker.
     """
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, measure: Measure | None = None) -> None:
         self._settings = settings
+        self._measure = measure or measure_here
         self._pool: ProcessPoolExecutor | None = None
 
     def __enter__(self) -> Bench:
@@ -61,8 +80,6 @@ class Bench:
             DeviceLost: too many contenders broke the device.
             WorkerDied: the worker process died.
         """
-        from mqbench.harness.bench.measure import DeviceLost
-
         lost: dict[str, str] = {}
         while True:
             try:
@@ -78,10 +95,10 @@ class Bench:
 
     def _run(self, case: Case, skip: dict[str, str]) -> Measurement:
         if not self._settings.device.startswith("cuda"):
-            return measure_here(case, self._settings, skip)
+            return self._measure(case, self._settings, skip)
         if self._pool is None:
             self._pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), end_with_parent)
-        return self._pool.submit(measure_here, case, self._settings, skip).result()
+        return self._pool.submit(self._measure, case, self._settings, skip).result()
 
     def _stop(self) -> None:
         if self._pool is not None:

@@ -9,7 +9,7 @@ import json
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,11 +35,18 @@ UNALIGNED = ("M", "scale_stride", "GROUP", "GROUPS")
 
 
 def build(
-    name: str, capability: int, kernel: Any, types: Mapping[str, str], constants: Mapping[str, Any], **options: int
+    name: str,
+    capability: int,
+    kernel: Any,
+    types: Mapping[str, str],
+    constants: Mapping[str, Any],
+    *,
+    unaligned: Collection[str] = UNALIGNED,
+    **options: int,
 ) -> dict[str, Any]:
     """Compiles one kernel to a cubin and reads its resources."""
     signature = {arg: "constexpr" if arg in constants else types[arg] for arg in kernel.arg_names}
-    aligned = [i for i, arg in enumerate(kernel.arg_names) if arg not in constants and arg not in UNALIGNED]
+    aligned = [i for i, arg in enumerate(kernel.arg_names) if arg not in constants and arg not in unaligned]
     source = ASTSource(kernel, signature, dict(constants), {(i,): [["tt.divisibility", 16]] for i in aligned})
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     ptx = compiled.asm["ptx"]

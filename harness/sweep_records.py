@@ -1,0 +1,82 @@
+"""Records of sweeps as tables and figures read them: which ones count, figures of a system, and what ran out of memory.
+
+A sweep writes one record per point (an image size, a batch, ...) that holds every system, measured in turns; a ratio
+between two systems is only ever taken within one record.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from mqbench.harness.record import INTEGER, Record
+from mqbench.harness.select import passes, settings_of
+from mqbench.harness.store import RecordStore
+
+SWEEPS_NAME = "sweeps.jsonl"
+"""File of the records of sweeps, beside the other records."""
+
+SWEEP_PREFIX = "sweep_"
+OUT_OF_MEMORY = "out of memory"
+CPU = "cpu"
+DEVICE = "device"
+MINUS = " - "
+
+VARYING = frozenset({"batch_size", "data_sha256", "limit"})
+"""Settings in which the points of one device may differ: other points are other inputs, and large ones repeat less."""
+
+
+def is_sweep(task: str) -> bool:
+    return task.startswith(SWEEP_PREFIX)
+
+
+def load_records(folder: Path) -> list[Record]:
+    """All records of a folder, those of sweeps last.
+
+    Raises:
+        RecordError: a line is not a record that this version can read.
+    """
+    return RecordStore(folder).load() + RecordStore(folder, SWEEPS_NAME).load()
+
+
+def measured_points(records: Iterable[Record], tasks: Collection[str], filters: Mapping[str, Any]) -> list[Record]:
+    """The newest outcome of each point: an ok record, else one that ran out of memory.
+
+    Args:
+        records: In the order written.
+        tasks: Of these; tasks that are no sweeps do not count.
+        filters: Setting -> wanted value or list of values. The CPU counts only where they name a device; simulated
+            arithmetic never does.
+    """
+    newest: dict[str, Record] = {}
+    for record in records:
+        cell = record.cell
+        counts = is_sweep(cell.task) and cell.task in tasks and cell.backend == INTEGER
+        if not counts or (cell.device == CPU and DEVICE not in filters):
+            continue
+        before = newest.get(cell.key)
+        if record.ok or (record.reason.startswith(OUT_OF_MEMORY) and not (before and before.ok)):
+            newest[cell.key] = record
+    return [record for record in newest.values() if passes(settings_of(record), filters)]
+
+
+def figure(record: Record, metric: str) -> float | None:
+    """A metric, or a difference written ``A - B``; None where the record lacks one."""
+    values = [record.metrics.get(name) for name in metric.split(MINUS)]
+    found = [value for value in values if value is not None]
+    return found[0] - sum(found[1:]) if len(found) == len(values) else None
+
+
+def ran_out_of_memory(record: Record, metric: str) -> bool:
+    """Whether the system of ``<system>.<figure>`` did; points have figures without a system, too."""
+    system, dot, _ = metric.partition(".")
+    if not dot:
+        return False
+    outcomes = [sample.prediction for sample in record.samples if sample.index == system]
+    return any(text.startswith(OUT_OF_MEMORY) for text in (outcomes if record.samples else [record.reason]))
+
+
+def is_clamped(record: Record) -> bool:
+    """The model's processor made the image smaller than asked for."""
+    return bool(record.metrics.get("clamped"))
