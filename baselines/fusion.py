@@ -181,9 +181,10 @@ def _convert_pre_norms(session: Session, tower: Tower) -> None:
         for writer in dict.fromkeys(tower.writers):
             map_writer(session, writer, _centre)
     for norm in tower.norms:
-        eps = _affine_free_epsilon(session, norm)
+        eps, like = _affine_free_epsilon(session, norm), _parameters(session, norm.name)
         width = tower.hidden_size * (norm.chunks if norm.joint else 1)
-        _set_module(session, norm.name, CentredNorm(width, eps) if tower.keeps_mean else RMSNorm(eps))
+        new = _as_wide(CentredNorm(width, eps), like) if tower.keeps_mean else RMSNorm(eps)
+        _set_module(session, norm.name, new)
 
 
 def _convert_post_norms(session: Session, tower: Tower) -> None:
@@ -195,10 +196,10 @@ def _convert_post_norms(session: Session, tower: Tower) -> None:
 
 def _replace_by_affine_norm(session: Session, name: str, width: int, centre: bool) -> None:
     old: nn.Module = session.model.get_submodule(name)
-    new = AffineNorm(width, _epsilon(old, name), centre)
+    new = _as_wide(AffineNorm(width, _epsilon(old, name), centre), _parameters(session, name))
     for own, theirs in (("gain", "weight"), ("shift", "bias")):
         if isinstance(getattr(old, theirs, None), Tensor):
-            setattr(new, own, getattr(old, theirs).detach().clone())
+            getattr(new, own).copy_(getattr(old, theirs))
     _set_module(session, name, new)
 
 
@@ -235,6 +236,11 @@ def _add_to_bias(reader: nn.Module, shift: Tensor) -> None:
     if old is not None:
         bias += old.detach().double()
     set_parameter(reader, "bias", bias.to(weight.dtype))
+
+
+def _as_wide(module: nn.Module, like: list[nn.Parameter]) -> nn.Module:
+    """On the device of a norm's parameters, in their dtype, but at least float32."""
+    return module.to(like[0].device, torch.promote_types(like[0].dtype, torch.float32)) if like else module
 
 
 def _affine_free_epsilon(session: Session, norm: Norm) -> float:

@@ -147,7 +147,7 @@ def _rotate_tower(session: Session, tower: Tower) -> None:
         module = session.model.get_submodule(norm.name)
         if isinstance(module, CentredNorm):
             chunks = module.direction.double().view(-1, tower.hidden_size)
-            module.direction = rotation(chunks).flatten()
+            module.direction = rotation(chunks).flatten().to(module.direction.dtype)
         elif isinstance(module, AffineNorm):
             _rotate_affine_norm(module, signs)
     if tower.entry_norm is not None:

@@ -11,11 +11,14 @@ from mqbench.harness.errors import PluginError, UnknownNameError
 
 if TYPE_CHECKING:
     from mqbench.harness.models.adapter import ModelAdapter
+    from mqbench.harness.models.family import Family
     from mqbench.harness.quant.session import Quantizer
 
 METHOD_GROUP = "mqbench.methods"
 MODEL_GROUP = "mqbench.models"
+FAMILY_GROUP = "mqbench.families"
 METHOD_NEEDS = ("name", "aliases", "summary", "quantize")
+FAMILY_NEEDS = ("name", "build", "layout", "tiny_config", "tiny_inputs", "configs")
 ADAPTER_NEEDS = ("name", "paper_name", "how_to_get", "find_weights", "load", "encode", "generate")
 
 
@@ -72,6 +75,24 @@ def all_models() -> Registry:
     return _collect(MODEL_GROUP, _load_adapters)
 
 
+def find_family(name: str) -> Family:
+    """A model family by name, with what proves its layout.
+
+    Raises:
+        UnknownNameError: nobody registers it.
+        PluginError: nobody healthy registers it, and a registered package is broken.
+    """
+    registry = all_families()
+    if name not in registry.found:
+        raise _unknown("family", name, registry)
+    return cast("Family", registry.found[name])
+
+
+def all_families() -> Registry:
+    """Every model family, broken plug-ins kept apart."""
+    return _collect(FAMILY_GROUP, lambda point: [_load_family(point)])
+
+
 def method_version(method: Quantizer) -> str:
     """Version that the method declares as ``version``; part of every cell's key."""
     return str(getattr(method, "version", "1"))
@@ -95,6 +116,12 @@ def _load_method(point: EntryPoint) -> Any:
     method = _load(point)
     _require(point, method, METHOD_NEEDS)
     return method
+
+
+def _load_family(point: EntryPoint) -> Any:
+    family = _load(point)
+    _require(point, family, FAMILY_NEEDS)
+    return family
 
 
 def _load_adapters(point: EntryPoint) -> list[Any]:

@@ -82,8 +82,10 @@ class IntegerWeight(nn.Module):
             self.register_buffer(name, tensor, persistent=False)
 
     def forward(self, linear: QuantLinear, x: Tensor) -> Tensor:
-        """The output of ``linear``. Shapes: (..., in_features before the transform) -> (..., out_features)."""
-        x = x.flatten(1) if linear.flatten else x
+        """The output of ``linear`` for rows (see ``QuantLinear.as_rows``).
+
+        Shapes: (..., in_features before the transform) -> (..., out_features).
+        """
         rows = x.reshape(-1, x.shape[-1]).contiguous()
         compute = self._weight_only if linear.input_quantizer is None else self._integer
         return compute(linear, rows).view(*x.shape[:-1], -1)

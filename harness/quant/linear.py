@@ -21,7 +21,7 @@ Transform = Callable[[Tensor], Tensor]
 class QuantLinear(nn.Module):
     """Linear (or non-overlapping patch convolution) whose input and weight can be quantized.
 
-    In order: flatten (patch convolution) -> ``input_transform`` (online Hadamard) -> take x0, input channel 0, out
+    In order: patches as rows (convolution) -> ``input_transform`` (online Hadamard) -> take x0, input channel 0, out
     under ``x0_bypass`` -> ``input_quantizer`` Q -> matrix product -> + bias -> + x0 * w0 (RMS):
 
     ================  =========  ============================================
@@ -36,6 +36,9 @@ class QuantLinear(nn.Module):
     Attributes:
         weight: (out_features, in_features). Methods rewrite it; after rounding it holds dequantized values.
         bias: (out_features,) or None.
+        kernel: Height and width of a 2-d convolution's patches, or None. Its input is a map of patches and so is its
+            output, as the convolution's: (N, C, h * height, w * width) -> (N, out_features, h, w).
+        flatten: The module was a 3-d convolution that is called with one patch per sample.
         input_transform: Exact online transform of the input's last dimension, or None.
         x0_weight: (out_features,) weights of input channel 0 kept out of ``weight``, which holds zeros there, or None.
         x0_bypass: x0 passes by the input quantizer, whose range does not see it.
@@ -55,6 +58,7 @@ class QuantLinear(nn.Module):
         super().__init__()
         self.name = name
         self.flatten = flatten
+        self.kernel: tuple[int, int] | None = None
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
         self.input_transform: Transform | None = None
@@ -75,8 +79,11 @@ class QuantLinear(nn.Module):
         """
         if isinstance(module, nn.Linear):
             return cls(module.weight.detach(), _detached(module.bias), name=name)
-        if isinstance(module, (nn.Conv2d, nn.Conv3d)) and _takes_one_patch(module):
-            return cls(module.weight.detach().flatten(1), _detached(module.bias), name=name, flatten=True)
+        if isinstance(module, (nn.Conv2d, nn.Conv3d)) and _takes_patches(module):
+            is_map = isinstance(module, nn.Conv2d)
+            linear = cls(module.weight.detach().flatten(1), _detached(module.bias), name=name, flatten=not is_map)
+            linear.kernel = tuple(module.kernel_size) if is_map else None  # type: ignore[assignment]
+            return linear
         raise TypeError(f"'{name}' is a {type(module).__name__}; only Linear and patch convolutions can be quantized")
 
     @property
@@ -109,8 +116,25 @@ class QuantLinear(nn.Module):
         return x if self.x0_weight is None else _without_channel0(x)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.integer is not None:
-            return self.integer(self, x)
+        y = self._product(x) if self.integer is None else self.integer(self, self.as_rows(x))
+        return y if self.kernel is None else self._as_map(y, x)
+
+    def as_rows(self, x: Tensor) -> Tensor:
+        """Patches of a convolution's input as vectors; any other input as it is.
+
+        Shapes: (N, C, h * height, w * width) -> (N, h * w, C * height * width) with ``kernel``.
+        """
+        if self.kernel is None:
+            return x.flatten(1) if self.flatten else x
+        height, width = self.kernel
+        patches = x.unfold(2, height, height).unfold(3, width, width)  # (N, C, h, w, height, width)
+        return patches.permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2)
+
+    def _as_map(self, y: Tensor, x: Tensor) -> Tensor:
+        assert self.kernel is not None
+        return y.transpose(1, 2).unflatten(2, (x.shape[2] // self.kernel[0], x.shape[3] // self.kernel[1]))
+
+    def _product(self, x: Tensor) -> Tensor:
         x, x0 = self.prepare_input(x)
         if self.input_quantizer is not None:
             x = self.input_quantizer(x)
@@ -121,8 +145,7 @@ class QuantLinear(nn.Module):
         return y + (x[..., :1] if x0 is None else x0) * weight
 
     def _transformed(self, x: Tensor) -> Tensor:
-        if self.flatten:
-            x = x.flatten(1)
+        x = self.as_rows(x)
         return x if self.input_transform is None else self.input_transform(x)
 
     def extra_repr(self) -> str:
@@ -144,8 +167,8 @@ def _without_channel0(x: Tensor) -> Tensor:
     return torch.cat([torch.zeros_like(x[..., :1]), x[..., 1:]], dim=-1)
 
 
-def _takes_one_patch(module: nn.Conv2d | nn.Conv3d) -> bool:
-    """A convolution that equals a linear over each patch handed to it."""
+def _takes_patches(module: nn.Conv2d | nn.Conv3d) -> bool:
+    """A convolution that equals a linear over patches that do not overlap."""
     padded = isinstance(module.padding, str) or any(module.padding)
     return module.stride == module.kernel_size and module.groups == 1 and not padded and set(module.dilation) == {1}
 

@@ -126,7 +126,7 @@ class CentredNorm(nn.Module):
         super().__init__()
         self.n = n
         self.eps = eps
-        self.register_buffer("direction", torch.full((n,), n**-0.5))
+        self.register_buffer("direction", torch.full((n,), n**-0.5, dtype=torch.float64))
 
     def forward(self, x: Tensor) -> Tensor:
         wide = x.to(torch.promote_types(x.dtype, torch.float32))

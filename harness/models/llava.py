@@ -1,0 +1,167 @@
+"""LLaVA-1.5: CLIP read one block before its end, without a norm, by a two-layer projector; LLaMA (Vicuna) as LLM."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import nn
+
+from mqbench.harness.models.family import Family, prompts, random_pixels
+from mqbench.harness.models.towers import HEAD, llm_tower
+from mqbench.harness.quant.layout import Attention, Block, Layout, Norm, NormKind, Part, Reader, Tower
+from mqbench.harness.quant.session import Batch
+
+FAMILY_NAME = "llava"
+VISUAL, TEXT = "model.vision_tower", "model.language_model"
+PROJECTOR = "model.multi_modal_projector"
+
+
+def llava_layout(model_or_config: nn.Module | Any) -> Layout:
+    """The layout of a ``LlavaForConditionalGeneration`` or of its config.
+
+    The blocks behind the layer that the projector reads run, but nobody sees their output: they stay as they are.
+
+    Raises:
+        ValueError: the config reads several layers.
+    """
+    config: Any = getattr(model_or_config, "config", model_or_config)
+    vision = config.vision_config
+    used = _blocks_used(config)
+    unused = tuple(
+        name for index in range(used, vision.num_hidden_layers) for name in _vision_block(vision, index).linears
+    )
+    return Layout(
+        family=FAMILY_NAME,
+        text=llm_tower(config.text_config, TEXT, writers=(f"{PROJECTOR}.linear_2",)),
+        vision=_vision_tower(vision, used),
+        patch_embed=f"{VISUAL}.embeddings.patch_embedding",
+        projector=(f"{PROJECTOR}.linear_1", f"{PROJECTOR}.linear_2"),
+        unquantized=(HEAD, *unused),
+        image_token_id=config.image_token_id,
+        vision_root=VISUAL,
+        text_root=TEXT,
+    )
+
+
+def _blocks_used(config: Any) -> int:
+    """Blocks in front of the hidden states that the projector reads; states 0 are the embeddings."""
+    layer = config.vision_feature_layer
+    if not isinstance(layer, int):
+        raise ValueError(f"vision_feature_layer is {layer}; the layout of '{FAMILY_NAME}' covers one layer only")
+    return layer if layer >= 0 else config.vision_config.num_hidden_layers + 1 + layer
+
+
+def _vision_tower(config: Any, used: int) -> Tower:
+    return Tower(
+        part=Part.VISION,
+        hidden_size=config.hidden_size,
+        norm_kind=NormKind.LAYERNORM,
+        entry=(),
+        blocks=tuple(_vision_block(config, index) for index in range(used)),
+        final_norm=None,
+        entry_norm=f"{VISUAL}.pre_layrnorm",
+        exits=(Reader(f"{PROJECTOR}.linear_1"),),
+    )
+
+
+def _vision_block(config: Any, index: int) -> Block:
+    name, heads = f"{VISUAL}.encoder.layers.{index}", config.num_attention_heads
+    attention = f"{name}.self_attn"
+    value = f"{attention}.v_proj"
+    shape = (config.hidden_size // heads, heads, heads)
+    return Block(
+        name=name,
+        attention_norm=Norm(f"{name}.layer_norm1", (f"{attention}.q_proj", f"{attention}.k_proj", value)),
+        attention=Attention(value, (0, config.hidden_size), f"{attention}.out_proj", *shape),
+        mlp_norm=Norm(f"{name}.layer_norm2", (f"{name}.mlp.fc1",)),
+        mlp_out=f"{name}.mlp.fc2",
+    )
+
+
+def _build(config: Any) -> nn.Module:
+    from transformers import LlavaForConditionalGeneration
+
+    return LlavaForConditionalGeneration(config)
+
+
+def _config(vision: Mapping[str, Any], text: Mapping[str, Any], image_token_id: int) -> Any:
+    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
+
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(**vision),
+        text_config=LlamaConfig(**text),
+        image_token_id=image_token_id,
+        image_token_index=image_token_id,
+    )
+    config._attn_implementation = "sdpa"
+    return config
+
+
+TINY_VISION = MappingProxyType(
+    {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 2,
+        "image_size": 16,
+        "patch_size": 8,
+        "projection_dim": 16,
+    }
+)
+TINY_TEXT = MappingProxyType(
+    {
+        "vocab_size": 64,
+        "hidden_size": 48,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 6,
+        "max_position_embeddings": 512,
+        "rms_norm_eps": 1e-6,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+)
+TINY_IMAGE_ID = 63
+CLIP_L_336 = MappingProxyType(
+    {
+        "hidden_size": 1024,
+        "intermediate_size": 4096,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+        "image_size": 336,
+        "patch_size": 14,
+        "projection_dim": 768,
+    }
+)
+VICUNA: Mapping[str, Mapping[str, int]] = MappingProxyType(
+    {
+        "llava-1.5-7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32},
+        "llava-1.5-13b": {"hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 40, "num_attention_heads": 40},
+    }
+)  # fmt: skip
+"""LLMs of the released checkpoints (llava-hf); vocabulary with the image token and padding to a multiple of 64."""
+VOCABULARY, IMAGE_ID = 32064, 32000
+
+
+def _tiny_inputs(model: nn.Module, generator: torch.Generator) -> Batch:
+    counts = (1, 0, 2)
+    batch = prompts(counts, 4, TINY_IMAGE_ID, generator)
+    return batch | {"pixel_values": random_pixels(model, (sum(counts), 3, 16, 16), generator)}
+
+
+FAMILY = Family(
+    name=FAMILY_NAME,
+    build=_build,
+    layout=llava_layout,
+    tiny_config=lambda: _config(TINY_VISION, TINY_TEXT, TINY_IMAGE_ID),
+    tiny_inputs=_tiny_inputs,
+    configs={
+        name: lambda sizes=sizes: _config(CLIP_L_336, {**sizes, "vocab_size": VOCABULARY}, IMAGE_ID)
+        for name, sizes in VICUNA.items()
+    },
+)
