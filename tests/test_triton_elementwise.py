@@ -25,7 +25,7 @@ dtypes = st.sampled_from(DTYPES)
 bits = st.sampled_from([4, 8])
 strategies = st.sampled_from(["tensor", "index", "token"])
 seeds = st.integers(0, 999)
-some = settings(max_examples=40)
+some = settings(max_examples=25)
 # numpy, under the interpreter, tells of infinities that are meant
 pytestmark = pytest.mark.filterwarnings("ignore:(overflow|invalid value|underflow):RuntimeWarning")
 
@@ -97,7 +97,7 @@ def test_levels_equal_those_of_the_cpu(
     st.floats(2.0**-149, 2.0**127, width=32),
     bits,
 )
-@settings(max_examples=150)
+@settings(max_examples=80)
 def test_any_float_over_any_scale(values: list[float], scale: float, num_bits: int) -> None:
     """The quotient of five operations rounds as a division does: subnormals, infinities and NaN included."""
     x = torch.tensor([values], device=DEVICE)
@@ -107,7 +107,7 @@ def test_any_float_over_any_scale(values: list[float], scale: float, num_bits: i
 
 
 @given(st.floats(2.0**-100, 2.0**60, width=32), st.integers(-129, 128))
-@settings(max_examples=150)
+@settings(max_examples=80)
 def test_ties_and_their_neighbours(scale: float, level: int) -> None:
     """Where one unit in the last place decides the level."""
     table = torch.tensor([scale])
