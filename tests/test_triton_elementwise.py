@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
+from importlib import import_module
 from typing import Any
 
 import pytest
@@ -12,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fakes.poison import poison_fresh_memory
-from mqbench.kernels import api, cpu, reference, triton_elementwise
+from mqbench.kernels import api, cpu, ops, reference, triton_elementwise
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -68,6 +70,17 @@ def check_quantized(found: Tensor, row_scale: Tensor, expected: Tensor, expected
     off = (found.cpu().int() - expected.int()).abs()
     assert off.numel() == 0 or int(off.max()) <= 1
     assert int(off.sum()) <= max(1, SHARE * off.numel())
+
+
+OURS = [name for name, module in ops.CUDA_MODULES.items() if module.endswith(("triton_elementwise", "triton_hadamard"))]
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_launchers_take_the_arguments_of_their_operation(name: str) -> None:
+    """``ops`` passes them by position."""
+    schema = getattr(torch.ops.mqbench, name).default._schema
+    launcher = getattr(import_module(ops.CUDA_MODULES[name]), name)
+    assert list(inspect.signature(launcher).parameters) == [argument.name for argument in schema.arguments]
 
 
 # --- quantization alone is exact
