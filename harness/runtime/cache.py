@@ -16,7 +16,8 @@ class StaticKVCache:
     Args:
         batch_size: Rows.
         num_tokens: Slots per row.
-        devices: Of each layer.
+        device: Of what is known about the slots.
+        devices: Of each layer's keys and values.
         kv_heads: Key heads.
         head_dim: Width of one head.
         dtype: Of keys and values.
@@ -33,6 +34,7 @@ class StaticKVCache:
         self,
         batch_size: int,
         num_tokens: int,
+        device: torch.device,
         devices: Sequence[torch.device],
         kv_heads: int,
         head_dim: int,
@@ -40,12 +42,11 @@ class StaticKVCache:
     ) -> None:
         self.batch_size, self.num_tokens = batch_size, num_tokens
         shape = batch_size, kv_heads, num_tokens, head_dim
-        self.keys = [torch.zeros(shape, dtype=dtype, device=device) for device in devices]
-        self.values = [torch.zeros(shape, dtype=dtype, device=device) for device in devices]
-        first = devices[0]
-        self.position = torch.zeros(batch_size, num_tokens, dtype=torch.int32, device=first)
-        self.valid = torch.zeros(batch_size, num_tokens, dtype=torch.bool, device=first)
-        self.next_position = torch.zeros(batch_size, 1, dtype=torch.int64, device=first)
+        self.keys = [torch.zeros(shape, dtype=dtype, device=place) for place in devices]
+        self.values = [torch.zeros(shape, dtype=dtype, device=place) for place in devices]
+        self.position = torch.zeros(batch_size, num_tokens, dtype=torch.int32, device=device)
+        self.valid = torch.zeros(batch_size, num_tokens, dtype=torch.bool, device=device)
+        self.next_position = torch.zeros(batch_size, 1, dtype=torch.int64, device=device)
         self.slots: Tensor | None = None
         self.length = 0
 

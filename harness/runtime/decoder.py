@@ -88,7 +88,7 @@ class RuntimeDecoder(nn.Module):
                 stream, attention = moved(stream, place), attention.to(place)
                 angles = angles[0].to(place), angles[1].to(place)
             stream = block.run(stream, angles, attention, cache, batch_size)
-        return stream
+        return moved(stream, x.device)
 
     def finish(self, stream: Stream, rows: Tensor | None = None) -> Tensor:
         """The last norm, of all rows or of those named by ``rows`` (int64), in the order in which they ran."""

@@ -50,7 +50,9 @@ class FusedRuntime:
         self.cache = None
         heads = self.fused.layout.text.blocks[0].attention
         shape = heads.num_kv_heads, heads.head_dim
-        self.cache = StaticKVCache(batch_size, capacity, self.layer_devices, *shape, self.fused.model.dtype)
+        self.cache = StaticKVCache(
+            batch_size, capacity, self.device, self.layer_devices, *shape, self.fused.model.dtype
+        )
 
     def prepare(self, inputs: RuntimeInputs) -> PreparedPrompt:
         """See ``interface.Runtime``."""
