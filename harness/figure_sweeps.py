@@ -9,7 +9,7 @@ from typing import Any
 from mqbench.harness.figure_panels import Builder, Panel, Series, Style
 from mqbench.harness.record import Record
 from mqbench.harness.select import check_scopes, settings_of, the_only
-from mqbench.harness.sweep_records import VARYING, figure, is_clamped
+from mqbench.harness.sweep_records import UNSPECIFIC, VARYING, is_clamped, to_compare
 from mqbench.harness.table_formulas import COMPARISONS
 
 SIZE = "options.image_px"
@@ -45,7 +45,7 @@ MEMORY_PARTS: Mapping[str, str] = MappingProxyType(
 def gains(records: Sequence[Record], title: str, options: Mapping[str, Any]) -> list[Panel]:
     """Old / new - 1 in percent, a curve for each old system, a panel for each model and device.
 
-    Options: ``new``, a system; ``old``, others; ``figures``, what adds up to the figure compared.
+    Options: ``new``, a system; ``old``, others; ``figure``, what of them is compared.
     """
     panels = []
     for name, group in _groups(records).items():
@@ -83,7 +83,7 @@ def _groups(records: Sequence[Record]) -> dict[str, Group]:
         by_size: dict[float, list[Record]] = {}
         for record in found[name]:
             by_size.setdefault(float(settings_of(record)[SIZE]), []).append(record)
-        points = {size: the_only(by_size[size]) for size in sorted(by_size)}
+        points = {size: the_only(by_size[size], UNSPECIFIC) for size in sorted(by_size)}
         groups[name] = {size: record for size, record in points.items() if record is not None}
     return groups
 
@@ -92,17 +92,11 @@ def _gain(group: Group, old: str, options: Mapping[str, Any]) -> Series:
     """Of the points where both systems ran."""
     points = []
     for size, record in group.items():
-        times = [_sum(record, system, options["figures"]) for system in (options["new"], old)]
-        if times[0] and times[1]:
-            points.append((size, COMPARISONS["gain_percent"](times[0], times[1])))
+        pair = to_compare(record, *(f"{system}.{options['figure']}" for system in (options["new"], old)))
+        if pair is not None:
+            points.append((size, COMPARISONS["gain_percent"](*pair)))
     hue = list(options["old"]).index(old)
     return Series(f"over {old}", tuple(x for x, _ in points), tuple(y for _, y in points), hue=hue)
-
-
-def _sum(record: Record, system: str, names: Sequence[str]) -> float | None:
-    values = [figure(record, f"{system}.{name}") for name in names]
-    known = [value for value in values if value is not None]
-    return sum(known) if len(known) == len(names) else None
 
 
 def _stacks(
@@ -131,7 +125,7 @@ def _stack(group: Group, system: str, parts: Mapping[str, str], scale: float) ->
     tops = dict.fromkeys(group, 0.0)
     series = []
     for hue, (part, label) in enumerate(parts.items()):
-        values = {size: figure(record, f"{system}.{part}") for size, record in group.items()}
+        values = {size: record.metrics.get(f"{system}.{part}") for size, record in group.items()}
         known = {size: scale * value for size, value in values.items() if value is not None}
         low = tuple(tops[size] for size in known)
         tops |= {size: tops[size] + value for size, value in known.items()}
@@ -147,7 +141,8 @@ def _clamped(group: Group) -> float | None:
 
 SWEEP_BUILDERS: Mapping[str, Builder] = MappingProxyType(
     {
-        "sweep_gains": Builder("sweep_latency", gains),
+        "prefill_gains": Builder("sweep_latency", gains),
+        "linears_gains": Builder("sweep_linears", gains),
         "sweep_times": Builder("sweep_latency", stacked_times),
         "sweep_memory": Builder("sweep_memory", stacked_memory),
     }

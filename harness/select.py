@@ -80,16 +80,20 @@ def select(
     return chosen
 
 
-def the_only(records: Sequence[Record]) -> Record | None:
+def the_only(records: Sequence[Record], unspecific: Collection[str] = ()) -> Record | None:
     """The record of one place of a table; None when there is none.
+
+    Args:
+        records: Those that fit.
+        unspecific: Settings that differ wherever others do, and are the last to be named.
 
     Raises:
         TableError: several; names a setting in which they differ, those of ``SCOPES`` first.
     """
     for other in records[1:]:
         one, two = settings_of(records[0]), settings_of(other)
-        check_scopes((records[0], other))
-        for name in sorted(one.keys() | two.keys()):
+        check_scopes((records[0], other), unspecific)
+        for name in sorted(one.keys() | two.keys(), key=lambda name: (name in unspecific, name)):
             if one.get(name) != two.get(name):
                 raise _mixed(name, [shown(one.get(name)), shown(two.get(name))], (records[0].cell.label,))
     return records[0] if records else None

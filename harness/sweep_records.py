@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from mqbench.harness.record import INTEGER, Record
@@ -21,10 +22,23 @@ SWEEP_PREFIX = "sweep_"
 OUT_OF_MEMORY = "out of memory"
 CPU = "cpu"
 DEVICE = "device"
-MINUS = " - "
+
+HEADLINES: Mapping[str, str] = MappingProxyType(
+    {
+        "sweep_latency": "prefill_ms",
+        "sweep_batch": "total_ms",
+        "sweep_turns": "total_ms",
+        "sweep_linears": "total_ms",
+        "sweep_attention": "total_ms",
+    }
+)
+"""The figure of a system that its ``ratio`` is of: the baseline's time over its own, both in the same rounds."""
 
 VARYING = frozenset({"batch_size", "data_sha256", "limit"})
 """Settings in which the points of one device may differ: other points are other inputs, and large ones repeat less."""
+
+UNSPECIFIC = VARYING | {"options", "recipe.label"}
+"""Settings that differ wherever an option does; a message had better name the option."""
 
 
 def is_sweep(task: str) -> bool:
@@ -61,11 +75,23 @@ def measured_points(records: Iterable[Record], tasks: Collection[str], filters: 
     return [record for record in newest.values() if passes(settings_of(record), filters)]
 
 
-def figure(record: Record, metric: str) -> float | None:
-    """A metric, or a difference written ``A - B``; None where the record lacks one."""
-    values = [record.metrics.get(name) for name in metric.split(MINUS)]
-    found = [value for value in values if value is not None]
-    return found[0] - sum(found[1:]) if len(found) == len(values) else None
+def to_compare(record: Record, metric: str, against: str) -> tuple[float, float] | None:
+    """Two figures of one record as they may be divided; None where one is missing, is zero, or must not be compared.
+
+    Times of systems that were not measured in turns, since memory did not hold all of them, are replaced by their
+    multiples of the baseline's, which was measured with each; only the headline figure of a sweep has them.
+    """
+    values = record.metrics.get(metric), record.metrics.get(against)
+    if not values[0] or not values[1]:
+        return None
+    (one, name), (other, _) = (text.split(".", 1) for text in (metric, against))
+    groups = [record.metrics.get(f"{system}.group", 0.0) for system in (one, other)]
+    if groups[0] == groups[1] or not name.endswith("_ms"):
+        return values[0], values[1]
+    ratios = [record.metrics.get(f"{system}.ratio") for system in (one, other)]
+    if name != HEADLINES.get(record.cell.task) or not ratios[0] or not ratios[1]:
+        return None
+    return 1 / ratios[0], 1 / ratios[1]
 
 
 def ran_out_of_memory(record: Record, metric: str) -> bool:
@@ -80,3 +106,8 @@ def ran_out_of_memory(record: Record, metric: str) -> bool:
 def is_clamped(record: Record) -> bool:
     """The model's processor made the image smaller than asked for."""
     return bool(record.metrics.get("clamped"))
+
+
+def is_grouped(record: Record) -> bool:
+    """Memory did not hold all systems at once, so that not all of them were measured in turns."""
+    return not record.metrics.get("interleaved", 1.0)

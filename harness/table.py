@@ -14,7 +14,7 @@ from mqbench.harness.errors import TableError
 from mqbench.harness.paper_figures import Line, find_line, paper_lines
 from mqbench.harness.record import Record
 from mqbench.harness.select import FLOAT_METHOD, check_scopes, select
-from mqbench.harness.sweep_records import VARYING, figure, is_sweep, measured_points, ran_out_of_memory
+from mqbench.harness.sweep_records import VARYING, is_sweep, measured_points, ran_out_of_memory, to_compare
 from mqbench.harness.table_caption import caption
 from mqbench.harness.table_formulas import COMPARISONS, FORMULAS, Figures
 from mqbench.harness.table_places import Place, base_model, find_places
@@ -71,7 +71,7 @@ def render(
         style: ``terminal``, ``md``, ``tex`` or ``csv``.
         filters: In addition to the specification's, and in place of those of the same name.
         width: Columns of the terminal.
-        may_be_empty: Where there is no record at all, show the paper's rows instead of an error.
+        may_be_empty: Where there is no record at all, show the paper's rows, or none, instead of an error.
 
     Raises:
         TableError: unknown style, no record to show, or records with different settings.
@@ -96,7 +96,7 @@ def build(
     chosen = _chosen(list(records), spec, filters or {})
     floats = {(record.cell.model, record.cell.task): record for record in chosen if _is_float(record)}
     places = find_places(chosen, spec, may_be_empty=may_be_empty)
-    if not places:
+    if not places and not may_be_empty:
         raise TableError(
             f"no ok record for table {spec.number}; run 'mqbench eval' first, or give its folder with --out"
         )
@@ -176,12 +176,12 @@ def _sweep_entry(column: Column, record: Record | None, fill: Mapping[str, str],
     if record is None:
         return Entry(paper=paper)
     metric, against = (name.format_map(fill) for name in (column.metric, column.against))
-    value = figure(record, metric)
-    if not column.formula:
-        text = NO_MEMORY if value is None and ran_out_of_memory(record, metric) else ""
-        return Entry(None if value is None else value * column.scale, paper=paper, text=text)
-    other = figure(record, against)
-    return Entry(COMPARISONS[column.formula](value, other) if value and other else None, paper=paper)
+    if column.formula:
+        pair = to_compare(record, metric, against)
+        return Entry(None if pair is None else COMPARISONS[column.formula](*pair), paper=paper)
+    value = record.metrics.get(metric)
+    text = NO_MEMORY if value is None and ran_out_of_memory(record, metric) else ""
+    return Entry(None if value is None else value * column.scale, paper=paper, text=text)
 
 
 def _paper_line(spec: TableSpec, place: Place, column: Column) -> Line | None:

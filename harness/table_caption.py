@@ -7,7 +7,7 @@ from typing import Any
 
 from mqbench.harness.record import Backend, Record
 from mqbench.harness.select import FLOAT_METHOD
-from mqbench.harness.sweep_records import CPU, SWEEP_PREFIX, is_clamped, is_sweep
+from mqbench.harness.sweep_records import CPU, SWEEP_PREFIX, is_clamped, is_grouped, is_sweep
 from mqbench.harness.table_spec import TableSpec
 from mqbench.harness.tasks import TaskKind, task_info
 
@@ -20,6 +20,8 @@ STANDIN_PREFIX = "standin"
 STANDIN_NOTE = " (a synthetic stand-in: no evidence about real checkpoints)"
 MEASURE_COMMAND = "mqbench run --plan results/plans/paper.toml"
 SWEEP_COMMAND = "mqbench sweep {name} --device cuda"
+CLAMPED = "Clamped: the model makes the image smaller, to its largest input; such sizes are one input"
+GROUPED = "Systems that did not fit into memory together ran in groups with the first one, and are compared through it"
 CPU_CHECK = "Functional check on a CPU: its times say nothing about a GPU"
 RANDOM_WEIGHTS = "random:"
 CAPTION_PACKAGES = ("mqbench", "torch", "transformers")
@@ -50,8 +52,8 @@ def sweep_facts(records: Sequence[Record], tasks: Collection[str]) -> list[str]:
     devices = sorted({record.cell.device for record in records})
     parts = [_timed_on(device, [record for record in records if record.cell.device == device]) for device in devices]
     parts += [CPU_CHECK] if CPU in devices else []
-    if any(map(is_clamped, records)):
-        parts.append("Clamped: the model makes the image smaller, to its largest input; such sizes are one input")
+    parts += [CLAMPED] if any(map(is_clamped, records)) else []
+    parts += [GROUPED] if any(map(is_grouped, records)) else []
     if missing:
         names = " and ".join(task.removeprefix(SWEEP_PREFIX) for task in missing)
         commands = " and ".join(f"'{sweep_command(task)}'" for task in missing)

@@ -13,7 +13,7 @@ from mqbench.harness.paper_figures import Line, paper_lines, spelled
 from mqbench.harness.record import Record
 from mqbench.harness.select import FLOAT_METHOD, passes, settings_of, shown, the_only
 from mqbench.harness.sources import FOLDER_MARK
-from mqbench.harness.sweep_records import is_clamped, is_sweep
+from mqbench.harness.sweep_records import UNSPECIFIC, is_clamped, is_sweep
 from mqbench.harness.table_spec import MODEL, Column, Points, RowSpec, TableSpec
 
 NO_MODEL = "-"
@@ -184,7 +184,8 @@ def _find(records: Sequence[Record], column: Column, task: str, conditions: Mapp
         return None
     wanted = _merged(conditions, column.where)
     fitting = [record for record in records if record.cell.task == task]
-    return the_only([record for record in fitting if passes(settings_of(record), wanted)])
+    passing = [record for record in fitting if passes(settings_of(record), wanted)]
+    return the_only(passing, UNSPECIFIC if column.is_sweep else ())
 
 
 def _merged(row: Mapping[str, Any], column: Mapping[str, Any]) -> dict[str, Any]:

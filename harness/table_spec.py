@@ -28,8 +28,8 @@ class Column:
     Attributes:
         header: As printed.
         task: Task whose score or metric stands here; empty for a formula and for what only the paper has.
-        metric: Name of the metric; empty for the table's ``value``. Of sweeps: ``<system>.<figure>``, a difference
-            ``A - B`` of two, and ``{name}`` for what the row fills in.
+        metric: Name of the metric; empty for the table's ``value``. Of sweeps: ``<system>.<figure>``, where
+            ``{name}`` is what the row fills in.
         against: Metric of the same record that a comparison sets ``metric`` against.
         where: Settings that the record must have, in addition to the row's.
         formula: A key of ``FORMULAS`` or, with ``against``, of ``COMPARISONS``; empty for a measured column.

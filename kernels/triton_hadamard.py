@@ -7,6 +7,7 @@ memory, in passes over float32 sums, with quantization as a pass of its own.
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -123,8 +124,8 @@ def _run_rows(
     count = x.shape[0] * parts
     if count == 0:
         return
-    wide = x.dtype == torch.float32
-    rows_kernel[(min(count, _num_programs(x.device, rows.num_warps)),)](
+    options = row_options(how, x.dtype, out.dtype, largest, _shared_bytes(x.device))
+    rows_kernel[(min(count, _num_programs(x.device, options["num_warps"])),)](
         x,
         _signs(rows.outer_factors, rows.outer.padded, False, x.device),
         _signs(rows.inner_signs, rows.inner_side, True, x.device),
@@ -132,21 +133,33 @@ def _run_rows(
         *quantized,
         count,
         x.shape[1] // parts,
-        A=rows.outer.order,
-        A1=rows.outer.first,
-        A2=rows.outer.second,
-        B=rows.inner.order,
-        B1=rows.inner.first >> rows.levels,
-        B2=rows.inner.second,
-        LEVELS=rows.levels,
-        INNER_FIRST=rows.inner_first,
-        TERMS_IN=3 if wide else 1,
-        TERMS=3 if wide or out.dtype == torch.float32 else 2,
-        FACTOR=how.width**-0.5 if parts == 1 else 1.0,
-        LARGEST=largest,
-        num_warps=rows.num_warps,
-        num_stages=rows.num_stages(x.element_size(), _shared_bytes(x.device)),
+        **options,
     )
+
+
+def row_options(
+    how: Plan, dtype: torch.dtype, out_dtype: torch.dtype, largest: int, shared_bytes: int
+) -> dict[str, Any]:
+    """Constants of `rows_kernel` for a plan, and how it is launched."""
+    rows = how.rows
+    assert rows is not None
+    wide = dtype == torch.float32
+    return {
+        "A": rows.outer.order,
+        "A1": rows.outer.first,
+        "A2": rows.outer.second,
+        "B": rows.inner.order,
+        "B1": rows.inner.first >> rows.levels,
+        "B2": rows.inner.second,
+        "LEVELS": rows.levels,
+        "INNER_FIRST": rows.inner_first,
+        "TERMS_IN": 3 if wide else 1,
+        "TERMS": 3 if wide or out_dtype == torch.float32 else 2,
+        "FACTOR": how.width**-0.5 if rows.width == how.width else 1.0,
+        "LARGEST": largest,
+        "num_warps": rows.num_warps,
+        "num_stages": rows.num_stages(dtype.itemsize, shared_bytes),
+    }
 
 
 def _run_stage(stage: Stage, x: Tensor, out: Tensor, factor: float) -> None:

@@ -345,10 +345,21 @@ def run_kernel(case: Case, num_splits: int) -> Tensor:
 @pytest.mark.parametrize(("width", "group"), [(40, 1), (64, 7), (80, 2), (256, 1)])
 @pytest.mark.parametrize("num_queries", [1, 20])
 def test_own_kernel_takes_every_head_dimension(width: int, group: int, num_queries: int) -> None:
-    """Powers of two and others, one query packed with those of its key head, and several."""
+    """Powers of two and others; one query, packed with those of its key head and split along the keys, and several."""
     position = torch.tensor([visual_first([5 < i < 60 for i in range(70)], 0)], dtype=torch.int32, device=DEVICE)
     case = Case(*random_tensors(width, (1, 1, group, width), 70, num_queries), position, None).to(torch.float16)
-    check_rounding(run_kernel(case, 1), case)
+    check_rounding(run_kernel(case, 2 if num_queries == 1 else 1), case)
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize(("dtype", "num_splits"), [(torch.bfloat16, 1), (torch.bfloat16, 2), (torch.float32, 1)])
+def test_own_kernel_over_several_lists(dtype: torch.dtype, num_splits: int) -> None:
+    """More queries than one list serves, in tiles as large as the list's and smaller ones."""
+    visual = [10 < i < 60 or 100 < i < 170 for i in range(200)]
+    position = torch.tensor([visual_first(visual, padding) for padding in (0, 140)])
+    valid = position >= torch.tensor([[0], [140]])
+    case = Case(*random_tensors(9, (2, 1, 1, 16), 200, 200), position.int().to(DEVICE), valid.to(DEVICE)).to(dtype)
+    check_rounding(run_kernel(case, num_splits), case)
 
 
 @pytest.mark.usefixtures("poisoned")

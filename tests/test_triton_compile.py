@@ -1,4 +1,4 @@
-"""Generated code of the integer products on sm_80, sm_89 and sm_90, compiled without a GPU."""
+"""Generated code of the kernels on sm_80, sm_89 and sm_90, compiled without a GPU."""
 
 from __future__ import annotations
 
@@ -17,15 +17,26 @@ from mqbench.kernels.gemm_configs import FAMILIES
 Case = dict[str, Any]
 
 
-@pytest.fixture(scope="module")
-def cases(tmp_path_factory: pytest.TempPathFactory) -> list[Case]:
-    """All kernels of all capabilities, compiled once, in a process that does not interpret."""
+def _compiled(worker: str, cache: Path) -> list[Case]:
+    """What a program of `fakes` prints, in a process that does not interpret."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
-    worker = Path(__file__).parent / "fakes" / "triton_compile.py"
-    result = subprocess.run([sys.executable, str(worker)], capture_output=True, text=True, env=environment)
+    environment["TRITON_CACHE_DIR"] = str(cache)
+    program = Path(__file__).parent / "fakes" / worker
+    result = subprocess.run([sys.executable, str(program)], capture_output=True, text=True, env=environment)
     assert result.returncode == 0, result.stderr[-2000:]
     return [json.loads(line) for line in result.stdout.splitlines()]
+
+
+@pytest.fixture(scope="module")
+def cases(tmp_path_factory: pytest.TempPathFactory) -> list[Case]:
+    """All kernels of integer products, of all capabilities, compiled once."""
+    return _compiled("triton_compile.py", tmp_path_factory.mktemp("triton"))
+
+
+@pytest.fixture(scope="module")
+def row_cases(tmp_path_factory: pytest.TempPathFactory) -> list[Case]:
+    """Hadamard and quantizing kernels at widths of models."""
+    return _compiled("triton_compile_rows.py", tmp_path_factory.mktemp("triton"))
 
 
 def _named(cases: Sequence[Case], *names: str) -> list[Case]:
@@ -82,3 +93,30 @@ def test_gemv_uses_dp4a_and_wide_loads(cases: list[Case]) -> None:
 def test_unpacking_is_wide(cases: list[Case]) -> None:
     for case in _named(cases, "unpack"):
         assert case["wide_loads"] > 0 and case["layout_conversions"] == 0, case
+
+
+def test_rows_spill_nothing_but_at_the_largest_width(row_cases: list[Case]) -> None:
+    """A row of 18944 in one program lacks 28 registers of 255 at most."""
+    for case in row_cases:
+        allowed = 112 if case.get("width") == 18944 else 0
+        assert case["stack_bytes"] + case["local_bytes"] <= allowed, case
+
+
+def test_plans_know_the_shared_memory_of_their_rows(row_cases: list[Case]) -> None:
+    """Or a launch fails on the device: bound and device both hold."""
+    for case in row_cases:
+        limit = FAMILIES[case["capability"]].shared_memory_bytes
+        assert case["shared_bytes"] <= min(case.get("bound_bytes", limit), limit), case
+
+
+def test_hadamard_uses_tensor_cores_and_prefetches(row_cases: list[Case]) -> None:
+    for case in _named(row_cases, "hadamard"):
+        assert case["matrix"], case
+        assert case["async_copies"] > 0 or case["capability"] < 90, case
+    hopper = [case for case in row_cases if case["name"] == "hadamard" and case.get("width", 0) > 1280]
+    assert all(any("wgmma" in name for name in c["matrix"]) for c in hopper if c["capability"] == 90)
+
+
+def test_elementwise_kernels_load_16_bytes_at_once(row_cases: list[Case]) -> None:
+    for case in _named(row_cases, "static", "token", "rms_norm"):
+        assert case["wide_loads"] > 0, case

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
+from importlib import import_module
 from typing import Any
 
 import pytest
@@ -12,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fakes.poison import poison_fresh_memory
-from mqbench.kernels import api, cpu, reference, triton_elementwise
+from mqbench.kernels import api, cpu, ops, reference, triton_elementwise
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -25,7 +27,7 @@ dtypes = st.sampled_from(DTYPES)
 bits = st.sampled_from([4, 8])
 strategies = st.sampled_from(["tensor", "index", "token"])
 seeds = st.integers(0, 999)
-some = settings(max_examples=40)
+some = settings(max_examples=25)
 # numpy, under the interpreter, tells of infinities that are meant
 pytestmark = pytest.mark.filterwarnings("ignore:(overflow|invalid value|underflow):RuntimeWarning")
 
@@ -70,6 +72,17 @@ def check_quantized(found: Tensor, row_scale: Tensor, expected: Tensor, expected
     assert int(off.sum()) <= max(1, SHARE * off.numel())
 
 
+OURS = [name for name, module in ops.CUDA_MODULES.items() if module.endswith(("triton_elementwise", "triton_hadamard"))]
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_launchers_take_the_arguments_of_their_operation(name: str) -> None:
+    """``ops`` passes them by position."""
+    schema = getattr(torch.ops.mqbench, name).default._schema
+    launcher = getattr(import_module(ops.CUDA_MODULES[name]), name)
+    assert list(inspect.signature(launcher).parameters) == [argument.name for argument in schema.arguments]
+
+
 # --- quantization alone is exact
 
 
@@ -97,7 +110,7 @@ def test_levels_equal_those_of_the_cpu(
     st.floats(2.0**-149, 2.0**127, width=32),
     bits,
 )
-@settings(max_examples=150)
+@settings(max_examples=80)
 def test_any_float_over_any_scale(values: list[float], scale: float, num_bits: int) -> None:
     """The quotient of five operations rounds as a division does: subnormals, infinities and NaN included."""
     x = torch.tensor([values], device=DEVICE)
@@ -107,7 +120,7 @@ def test_any_float_over_any_scale(values: list[float], scale: float, num_bits: i
 
 
 @given(st.floats(2.0**-100, 2.0**60, width=32), st.integers(-129, 128))
-@settings(max_examples=150)
+@settings(max_examples=80)
 def test_ties_and_their_neighbours(scale: float, level: int) -> None:
     """Where one unit in the last place decides the level."""
     table = torch.tensor([scale])

@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, fields
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mqbench.harness.runtime.systems import System
 
@@ -51,7 +51,8 @@ class RuntimeInputs:
     @classmethod
     def from_batch(cls, batch: Mapping[str, Tensor]) -> RuntimeInputs:
         """From what an adapter's ``encode`` returns."""
-        return cls(**{field.name: batch.get(field.name) for field in fields(cls)})  # type: ignore[arg-type]
+        named: dict[str, Any] = {field.name: batch.get(field.name) for field in fields(cls)}
+        return cls(**named)
 
     @property
     def batch_size(self) -> int:
@@ -64,8 +65,8 @@ class RuntimeInputs:
 
     def to(self, device: str | torch.device) -> RuntimeInputs:
         """The same on another device."""
-        moved = {field.name: getattr(self, field.name) for field in fields(self)}
-        return RuntimeInputs(**{name: None if x is None else x.to(device) for name, x in moved.items()})
+        moved: dict[str, Any] = {name: x.to(device) for name, x in self.as_batch().items()}
+        return RuntimeInputs(**moved)
 
     def as_batch(self) -> dict[str, Tensor]:
         """What the model's ``forward`` and ``generate`` take."""
@@ -116,13 +117,16 @@ class Runtime(Protocol):
 
     Attributes:
         system: What runs.
-        model: The Transformers model that holds the weights.
         device: Where inputs go in and logits come out.
     """
 
     system: System
-    model: nn.Module
     device: torch.device
+
+    @property
+    def model(self) -> Any:
+        """The Transformers model that holds the weights."""
+        ...
 
     def reserve(self, batch_size: int, num_tokens: int) -> None:
         """Makes the KV cache hold this many rows and tokens a row (prompt and decoded ones); empties it.
@@ -139,8 +143,11 @@ class Runtime(Protocol):
         """
         ...
 
-    def prefill(self, inputs: RuntimeInputs | Prepared) -> Tensor:
+    def prefill(self, inputs: RuntimeInputs | Any) -> Tensor:
         """Runs a prompt, or another turn behind what the cache holds, and fills the cache.
+
+        Args:
+            inputs: ``RuntimeInputs``, or what ``prepare`` of this runtime made of them.
 
         Returns:
             (B, vocabulary) logits at each row's last token, in the model's dtype; overwritten by the next call.

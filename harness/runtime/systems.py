@@ -140,8 +140,16 @@ SYSTEMS: Mapping[str, System] = MappingProxyType(
     {
         system.name: system
         for system in (
-            System("bf16-eager", "BF16, eager", engine=Engine.EAGER, transformers=True, attention=()),
-            System("bf16-graph", "BF16, CUDA graphs"),
+            System(
+                "bf16-eager",
+                "BF16, eager",
+                engine=Engine.EAGER,
+                transformers=True,
+                hadamard=False,
+                split=False,
+                attention=(),
+            ),
+            System("bf16-graph", "BF16, CUDA graphs", hadamard=False, split=False),
             System("awq-w4a16-g128", "AWQ W4A16 g128", AWQ_BITS, zero_point=True, hadamard=False, split=False),
             System("w8a8-token", "W8A8 per token", W8A8, Strategy.TOKEN),
             System("w8a8-token-unfused", "W8A8 per token, unfused", W8A8, Strategy.TOKEN, fused=False),

@@ -1,0 +1,140 @@
+"""What the host works out about a prompt before the device runs it: positions, order, masks, angles, slots."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mqbench.harness.runtime.attention import Causal, PassAttention, Planned, plan_tensors, with_tensors
+from mqbench.harness.runtime.cache import StaticKVCache
+from mqbench.harness.runtime.decoder import order_of
+from mqbench.harness.runtime.fuse import FusedModel
+from mqbench.harness.runtime.interface import RuntimeInputs
+from mqbench.harness.runtime.rows import slices_of
+from mqbench.harness.runtime.systems import Order
+from mqbench.kernels.attention import AttentionPlan, plan_attention
+
+PLAN = "plan."
+
+
+@dataclass(frozen=True)
+class PreparedPrompt:
+    """A prompt as the device runs it; it fits the cache as it was when it was prepared.
+
+    Attributes:
+        inputs: As given.
+        past: Tokens in the cache before it.
+        tensors: What the pass reads, on the device; their shapes and ``facts`` decide what runs, their values do not.
+        lengths: Patches per attention window of the vision tower.
+        plan: Attention under a plan, whose tensors are in ``tensors`` too; None for plain causal attention.
+        num_keys: Cached keys that the plan covers; None for the chunk alone.
+        position: (B, T) int32, original index of the token in each new slot.
+        valid: (B, T) bool, False where a new slot is padding.
+        next_position: (B, 1) int64: what rotary embeddings count a row's next token as, less its slot.
+    """
+
+    inputs: RuntimeInputs
+    past: int
+    tensors: Mapping[str, Tensor]
+    lengths: tuple[int, ...]
+    plan: AttentionPlan | None
+    num_keys: int | None
+    position: Tensor
+    valid: Tensor
+    next_position: Tensor
+
+    @property
+    def key(self) -> Hashable:
+        """Equal for prompts that one CUDA graph can run."""
+        variant = None if self.plan is None else self.plan.variant
+        shapes = tuple((name, tuple(x.shape)) for name, x in sorted(self.tensors.items()))
+        return "prefill", self.lengths, variant, self.num_keys, shapes
+
+    def attention(self, tensors: Mapping[str, Tensor]) -> PassAttention:
+        """The attention of a pass that reads ``tensors``, these or copies of them."""
+        if self.plan is None:
+            return Causal()
+        count = len(plan_tensors(self.plan))
+        return Planned(with_tensors(self.plan, [tensors[f"{PLAN}{i}"] for i in range(count)]), self.num_keys)
+
+
+@torch.no_grad()
+def prepare_prompt(
+    inputs: RuntimeInputs, fused: FusedModel, cache: StaticKVCache, order: Order, device: torch.device
+) -> PreparedPrompt:
+    """Prepares a prompt behind what the cache holds. Small tensors are worked out on the host."""
+    host = RuntimeInputs(
+        inputs.input_ids.cpu(),
+        None if inputs.attention_mask is None else inputs.attention_mask.cpu(),
+        None,
+        None if inputs.image_grid_thw is None else inputs.image_grid_thw.cpu(),
+        None if inputs.mm_token_type_ids is None else inputs.mm_token_type_ids.cpu(),
+    )
+    past, (batch_size, num_tokens) = cache.length, host.input_ids.shape
+    valid = torch.ones_like(host.input_ids, dtype=torch.bool)
+    if host.attention_mask is not None:
+        valid = host.attention_mask.bool()
+    visual = torch.zeros_like(valid)
+    if fused.layout.image_token_id is not None:
+        visual = torch.eq(host.input_ids, fused.layout.image_token_id)
+    in_order = torch.arange(num_tokens).repeat(batch_size, 1)
+    reorders = order is Order.AIFS and bool(visual.any())
+    tokens = order_of(visual, None if bool(valid.all()) else valid) if reorders else in_order
+    slots = tokens.argsort(1)  # where each token goes
+    positions = fused.family.text_positions(fused.model, host) + cache.next_position.cpu() + past
+    named = {
+        "ids": host.input_ids.gather(1, tokens),
+        "positions": positions.gather(2, tokens.expand_as(positions)),
+        "last": torch.arange(batch_size) * num_tokens + slots[:, -1],
+        "slots": torch.arange(past, past + num_tokens),
+    }
+    rows = torch.arange(batch_size)[:, None] * num_tokens + slots
+    if bool(visual.any()):
+        named |= _visual_rows(visual, rows, tokens, order)
+    ends = positions.amax(0).masked_fill(~valid, 0).amax(1, keepdim=True) + 1
+    tensors = {name: x.to(device) for name, x in named.items()}
+    lengths = _add_pixels(tensors, inputs, host, fused, device)
+    position, placed = (past + tokens).int().to(device), valid.gather(1, tokens).to(device)
+    plan, num_keys = _plan(cache, position, placed, is_plain=not reorders and not past and bool(valid.all()))
+    if plan is not None:
+        tensors |= {f"{PLAN}{index}": x for index, x in enumerate(plan_tensors(plan))}
+    next_position = (ends - past - num_tokens).to(cache.next_position.device)
+    return PreparedPrompt(inputs, past, tensors, lengths, plan, num_keys, position, placed, next_position)
+
+
+def _visual_rows(visual: Tensor, rows: Tensor, tokens: Tensor, order: Order) -> dict[str, Tensor]:
+    """Where visual features go, and each row's modality; flat row indices in the order of processing."""
+    index = visual.gather(1, tokens).reshape(-1).to(torch.uint8)
+    named = {"feature_rows": rows[visual], "row_index": index}
+    if order is Order.SLICED:
+        named["text_rows"], named["visual_rows"] = slices_of(index)
+    return named
+
+
+def _add_pixels(
+    tensors: dict[str, Tensor], inputs: RuntimeInputs, host: RuntimeInputs, fused: FusedModel, device: torch.device
+) -> tuple[int, ...]:
+    """Adds pixels and their angles; returns patches per attention window."""
+    if inputs.pixel_values is None:
+        return ()
+    assert fused.family.vision_positions is not None and host.image_grid_thw is not None
+    dtype = fused.model.dtype
+    (cos, sin), lengths = fused.family.vision_positions(fused.visual, host.image_grid_thw, dtype)
+    tensors |= {"pixels": inputs.pixel_values.to(device, dtype), "vision_cos": cos, "vision_sin": sin}
+    return lengths
+
+
+def _plan(
+    cache: StaticKVCache, position: Tensor, valid: Tensor, is_plain: bool
+) -> tuple[AttentionPlan | None, int | None]:
+    """A plan over the chunk, or over all that is cached behind it; None when plain causal attention will do."""
+    if is_plain:
+        return None, None
+    past, num_tokens = cache.length, position.shape[1]
+    position = torch.cat([cache.position[:, :past], position], dim=1)
+    valid = torch.cat([cache.valid[:, :past], valid], dim=1)
+    every = None if bool(valid.all()) else valid
+    return plan_attention(position, every, num_queries=num_tokens), past + num_tokens if past else None
