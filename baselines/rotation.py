@@ -8,7 +8,7 @@ rows of the reading weight with the same T, since <T(w), T(x)> = <w, x>; no matr
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mqbench.baselines.fusion import (
     VectorMap,
@@ -154,8 +154,9 @@ def _rotate_tower(session: Session, tower: Tower) -> None:
         _rotate_affine_norm(session.model.get_submodule(tower.entry_norm), signs)
 
 
-def _rotate_affine_norm(module: AffineNorm, signs: Tensor) -> None:
+def _rotate_affine_norm(module: nn.Module, signs: Tensor) -> None:
     """From now on the norm writes in the rotated basis."""
+    assert isinstance(module, AffineNorm)
     signs = signs.to(module.gain.device)
     module.gain = (module.gain * signs).to(module.gain.dtype)
     module.shift = hadamard_transform(module.shift.double() * signs).to(module.shift.dtype)

@@ -232,10 +232,7 @@ def _range(record: Record, place: str, modality: str) -> Series:
 def _centers(edges: Values) -> Values:
     """Of logarithmic bins: geometric means; the open bins at both ends go on by the same step."""
     step = edges[-1] / edges[-2]
-    inner = [
-        0.0 if low < 0 < high else (1 if low > 0 else -1) * sqrt(low * high)
-        for low, high in pairwise(edges)
-    ]
+    inner = [0.0 if low < 0 < high else (1 if low > 0 else -1) * sqrt(low * high) for low, high in pairwise(edges)]
     return (inner[0] * step, *inner, inner[-1] * step)
 
 

@@ -179,5 +179,3 @@ def _check_provenance(source: Source, hashes: Sequence[str], where: str) -> None
             f"'{source.quantized}' was calibrated on {len(seen)} evaluated row(s) of {where}; "
             "quantize again with another --calib-split or --data-dir"
         )
-
-

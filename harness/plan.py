@@ -178,9 +178,7 @@ def _groups_of(
 
     def group(recipe: Recipe, version: str, calibration: CalibrationInfo | None) -> Group:
         fitting = {info: read for info, read in reads.items() if info.fits(recipe.method == FLOAT_METHOD)}
-        cells = tuple(
-            _cell(source, recipe, version, calibration, info, read, wanted) for info, read in fitting.items()
-        )
+        cells = tuple(_cell(source, recipe, version, calibration, info, read, wanted) for info, read in fitting.items())
         num_rows.update({cell.key: read.num_rows for cell, read in zip(cells, fitting.values(), strict=True)})
         return Group(source, recipe, calibration, cells, _backend_of(recipe, wanted))
 

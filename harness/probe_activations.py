@@ -164,7 +164,7 @@ def _quantizers_context(model: nn.Module) -> ModalityContext | None:
         RequestError: the model is quantized, but none of its quantizers holds one.
     """
     contexts = (module.context for module in model.modules() if isinstance(module, InputQuantizer))
-    found = next((context for context in contexts if context is not None), None)
+    found = next((context for context in contexts if isinstance(context, ModalityContext)), None)
     if found is None and any(isinstance(module, QuantLinear) for module in model.modules()):
         raise RequestError("probe 'activation_ranges' needs the float model, or one with quantized LLM activations")
     return found

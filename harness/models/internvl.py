@@ -4,6 +4,7 @@ four joined vectors, a two-layer projector; Qwen2, InternLM2 (as LLaMA) or LLaMA
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
@@ -158,5 +159,5 @@ FAMILY = Family(
     layout=internvl_layout,
     tiny_config=lambda: _config(TINY_VISION, TINY_TEXT, TINY_IMAGE_ID),
     tiny_inputs=_tiny_inputs,
-    configs={name: lambda sizes=sizes: _config(INTERNVIT_300M, sizes, IMAGE_ID) for name, sizes in QWEN2.items()},
+    configs={name: partial(_config, INTERNVIT_300M, sizes, IMAGE_ID) for name, sizes in QWEN2.items()},
 )

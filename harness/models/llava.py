@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
@@ -138,12 +139,10 @@ CLIP_L_336 = MappingProxyType(
         "projection_dim": 768,
     }
 )
-VICUNA: Mapping[str, Mapping[str, int]] = MappingProxyType(
-    {
-        "llava-1.5-7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32},
-        "llava-1.5-13b": {"hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 40, "num_attention_heads": 40},
-    }
-)  # fmt: skip
+SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+VICUNA: Mapping[str, tuple[int, ...]] = MappingProxyType(
+    {"llava-1.5-7b": (4096, 11008, 32, 32), "llava-1.5-13b": (5120, 13824, 40, 40)}
+)
 """LLMs of the released checkpoints (llava-hf); vocabulary with the image token and padding to a multiple of 64."""
 VOCABULARY, IMAGE_ID = 32064, 32000
 
@@ -154,14 +153,16 @@ def _tiny_inputs(model: nn.Module, generator: torch.Generator) -> Batch:
     return batch | {"pixel_values": random_pixels(model, (sum(counts), 3, 16, 16), generator)}
 
 
+def _released(name: str) -> Any:
+    text = dict(zip(SIZES, VICUNA[name], strict=True)) | {"vocab_size": VOCABULARY}
+    return _config(CLIP_L_336, text, IMAGE_ID)
+
+
 FAMILY = Family(
     name=FAMILY_NAME,
     build=_build,
     layout=llava_layout,
     tiny_config=lambda: _config(TINY_VISION, TINY_TEXT, TINY_IMAGE_ID),
     tiny_inputs=_tiny_inputs,
-    configs={
-        name: lambda sizes=sizes: _config(CLIP_L_336, {**sizes, "vocab_size": VOCABULARY}, IMAGE_ID)
-        for name, sizes in VICUNA.items()
-    },
+    configs={name: partial(_released, name) for name in VICUNA},
 )
