@@ -121,12 +121,12 @@ def _stacks(
 
 
 def _stack(group: Group, system: str, parts: Mapping[str, str], scale: float) -> tuple[Series, ...]:
-    """Each part on top of those before it; a part that a point lacks has no bar there."""
+    """Each part on top of those before it; no bar where a point lacks a part, or where the launch gap is negative."""
     tops = dict.fromkeys(group, 0.0)
     series = []
     for hue, (part, label) in enumerate(parts.items()):
         values = {size: record.metrics.get(f"{system}.{part}") for size, record in group.items()}
-        known = {size: scale * value for size, value in values.items() if value is not None}
+        known = {size: scale * value for size, value in values.items() if value is not None and value > 0}
         low = tuple(tops[size] for size in known)
         tops |= {size: tops[size] + value for size, value in known.items()}
         if known:

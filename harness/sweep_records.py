@@ -7,6 +7,7 @@ between two systems is only ever taken within one record.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -34,8 +35,9 @@ HEADLINES: Mapping[str, str] = MappingProxyType(
 )
 """The figure of a system that its ``ratio`` is of: the baseline's time over its own, both in the same rounds."""
 
-VARYING = frozenset({"batch_size", "data_sha256", "limit"})
-"""Settings in which the points of one device may differ: other points are other inputs, and large ones repeat less."""
+VARYING = frozenset({"batch_size", "data_sha256", "limit", "method_version"})
+"""Settings in which the points of one device may differ: other points are other inputs, large ones repeat less, and the
+code may have changed between them (captions name every commit)."""
 
 UNSPECIFIC = VARYING | {"options", "recipe.label"}
 """Settings that differ wherever an option does; a message had better name the option."""
@@ -55,7 +57,7 @@ def load_records(folder: Path) -> list[Record]:
 
 
 def measured_points(records: Iterable[Record], tasks: Collection[str], filters: Mapping[str, Any]) -> list[Record]:
-    """The newest outcome of each point: an ok record, else one that ran out of memory.
+    """The newest outcome of each point, whatever code it ran: an ok record, else one that ran out of memory.
 
     Args:
         records: In the order written.
@@ -67,31 +69,32 @@ def measured_points(records: Iterable[Record], tasks: Collection[str], filters: 
     for record in records:
         cell = record.cell
         counts = is_sweep(cell.task) and cell.task in tasks and cell.backend == INTEGER
-        if not counts or (cell.device == CPU and DEVICE not in filters):
+        if not counts or (cell.device == CPU and DEVICE not in filters) or not passes(settings_of(record), filters):
             continue
-        before = newest.get(cell.key)
-        if record.ok or (record.reason.startswith(OUT_OF_MEMORY) and not (before and before.ok)):
-            newest[cell.key] = record
-    return [record for record in newest.values() if passes(settings_of(record), filters)]
+        point = replace(cell, method_version="").key
+        before = newest.get(point)
+        keeps = before is not None and before.ok and before.cell == cell
+        if record.ok or (record.reason.startswith(OUT_OF_MEMORY) and not keeps):
+            newest[point] = record
+    return list(newest.values())
 
 
 def to_compare(record: Record, metric: str, against: str) -> tuple[float, float] | None:
     """Two figures of one record as they may be divided; None where one is missing, is zero, or must not be compared.
 
-    Times of systems that were not measured in turns, since memory did not hold all of them, are replaced by their
-    multiples of the baseline's, which was measured with each; only the headline figure of a sweep has them.
+    Where memory did not hold all systems at once, times are replaced by their multiples of the baseline's, which was
+    measured with each group; only the headline figure of a sweep has them. Others are compared within a group.
     """
     values = record.metrics.get(metric), record.metrics.get(against)
     if not values[0] or not values[1]:
         return None
     (one, name), (other, _) = (text.split(".", 1) for text in (metric, against))
-    groups = [record.metrics.get(f"{system}.group", 0.0) for system in (one, other)]
-    if groups[0] == groups[1] or not name.endswith("_ms"):
+    groups, ratios = ([record.metrics.get(f"{system}.{key}") for system in (one, other)] for key in ("group", "ratio"))
+    if not is_grouped(record) or not name.endswith("_ms"):
         return values[0], values[1]
-    ratios = [record.metrics.get(f"{system}.ratio") for system in (one, other)]
-    if name != HEADLINES.get(record.cell.task) or not ratios[0] or not ratios[1]:
-        return None
-    return 1 / ratios[0], 1 / ratios[1]
+    if name == HEADLINES[record.cell.task] and ratios[0] and ratios[1]:
+        return 1 / ratios[0], 1 / ratios[1]
+    return (values[0], values[1]) if groups[0] == groups[1] else None
 
 
 def ran_out_of_memory(record: Record, metric: str) -> bool:
@@ -109,5 +112,5 @@ def is_clamped(record: Record) -> bool:
 
 
 def is_grouped(record: Record) -> bool:
-    """Memory did not hold all systems at once, so that not all of them were measured in turns."""
-    return not record.metrics.get("interleaved", 1.0)
+    """Memory did not hold all systems at once, so that not all of them were timed in turns."""
+    return record.ok and record.cell.task in HEADLINES and not record.metrics.get("interleaved", 1.0)
