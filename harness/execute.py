@@ -155,7 +155,14 @@ class Executor:
         if current_hash(source.weights, source.quantized) != source.weights_sha256:
             raise MissingWeightsError(f"'{source.weights}' changed while the run was under way; run again")
         adapter = discover.find_model(source.model)
-        return adapter.load(group.source.weights, self.device, getattr(torch, self.request.torch_dtype))
+        dtype = getattr(torch, self.request.torch_dtype)
+        if not self.request.offload:
+            return adapter.load(group.source.weights, self.device, dtype)
+        from mqbench.harness.quant.offload import HOST, BlockOffload
+
+        loaded = adapter.load(group.source.weights, str(HOST), dtype)
+        BlockOffload(loaded.model, loaded.layout, torch.device(self.device))
+        return loaded
 
     def _load_quantized(self, loaded: LoadedModel, group: Group) -> QuantReport:
         from mqbench.harness.quant.serialize import load_quantized

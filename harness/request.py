@@ -33,6 +33,7 @@ class Request:
 
     Attributes:
         options: Recipe options by ``KEY`` (every method that knows it) or ``METHOD.KEY``.
+        offload: Transformer blocks wait in host memory and come to the device one at a time.
     """
 
     models: tuple[str, ...] = ("all",)
@@ -52,6 +53,7 @@ class Request:
     models_dir: Path | None = None
     jobs: int | None = None
     batch_size: int = 16
+    offload: bool = False
 
     @property
     def torch_dtype(self) -> str:
@@ -107,6 +109,8 @@ def check_device(request: Request) -> str:
 
         if int(index or 0) >= torch.cuda.device_count():
             raise RequestError(f"device '{request.device}' is not there; torch sees {torch.cuda.device_count()} GPU(s)")
+    elif request.offload:
+        raise RequestError("--offload keeps blocks in host memory, and so does '--device cpu' anyway; leave one out")
     return device_kind(request.device)
 
 

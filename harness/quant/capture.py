@@ -19,6 +19,7 @@ from mqbench.harness.errors import CalibrationError, NonFiniteError
 from mqbench.harness.quant.activation import all_finite
 from mqbench.harness.quant.layout import Block, Tower
 from mqbench.harness.quant.linear import QuantLinear
+from mqbench.harness.quant.offload import on_device
 from mqbench.harness.quant.session import Session
 
 OnRows = Callable[[Tensor], None]
@@ -158,7 +159,8 @@ def visit_blocks(session: Session, tower: Tower, visit: VisitBlock) -> None:
         return
     calls = capture_calls(session, tower.blocks[0].name)
     for block in tower.blocks:
-        visit(block, calls)
+        with on_device(session.model, block.name):
+            visit(block, calls)
         if block is not tower.blocks[-1]:
             calls = [call.with_hidden(run_block(session, block.name, call)) for call in calls]
     session.context.clear()
