@@ -208,7 +208,7 @@ def table(
 
 @app.command()
 def figure(
-    number: Annotated[str, typer.Argument(help="Number of the paper's figure, or all.")],
+    number: Annotated[str, typer.Argument(help="Number of the paper's figure, latency, memory, or all.")],
     style: Annotated[
         str | None, typer.Option("--format", help="png, svg or pdf; by default png and svg. csv prints the data.")
     ] = None,
@@ -229,6 +229,8 @@ def figure(
       mqbench figure 6 --out results/records --render figures
 
       mqbench figure 1 --format pdf
+
+      mqbench figure latency --out results/records
 
       mqbench figure all
     """

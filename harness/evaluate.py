@@ -20,7 +20,7 @@ import pickle
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType, SimpleNamespace
 from typing import Any
@@ -47,11 +47,36 @@ from mqbench.harness.errors import OutputError, ScoringError
 from mqbench.harness.models.adapter import LoadedModel, Message, ModelAdapter
 from mqbench.harness.process_state import environment_kept, libraries_kept, logging_kept
 
-PROMPT_MIXINS: Mapping[str, tuple[str, str]] = MappingProxyType(
-    {"qwen2_vl": ("vlmeval.vlm.qwen2_vl.prompt", "Qwen2VLPromptMixin")}
+
+@dataclass(frozen=True)
+class PromptWrapper:
+    """The class with which VLMEvalKit's wrapper of a model family replaces a dataset's own prompt.
+
+    Attributes:
+        module: Where it is.
+        name: Of the class.
+        settings: What its constructor, which would load the model, sets and its prompts read.
+    """
+
+    module: str
+    name: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+
+PROMPT_WRAPPERS: Mapping[str, PromptWrapper] = MappingProxyType(
+    {
+        "qwen2_vl": PromptWrapper(
+            "vlmeval.vlm.qwen2_vl.prompt", "Qwen2VLPromptMixin", MappingProxyType({"_use_custom_prompt": True})
+        ),
+        "llava": PromptWrapper("vlmeval.vlm.llava.llava", "LLaVA"),
+        "internvl": PromptWrapper(
+            "vlmeval.vlm.internvl.internvl_chat",
+            "InternVLChat",
+            MappingProxyType({"_use_custom_prompt": True, "use_mpo_prompt": False, "use_cot": False}),
+        ),
+    }
 )
-"""Module and class with which VLMEvalKit's wrapper of a model family replaces a dataset's own prompt; a family that is
-not listed gets the datasets' own prompts."""
+"""By family; one that is not listed gets the datasets' own prompts (VLMEvalKit's settings of Qwen2.5-VL)."""
 
 PIXELS_PER_TOKEN = 28 * 28
 CHARACTERS_PER_TOKEN = 4
@@ -83,10 +108,10 @@ def build_messages(task: Task, data: TaskData, family: str) -> list[Message]:
     """
     dataset = _build_dataset(task, data)
     build = dataset.build_prompt
-    mixin = _prompt_mixin(family)
-    if mixin is not None and mixin.use_custom_prompt(task.dataset):
-        mixin.set_dump_image(dataset.dump_image)
-        build = functools.partial(mixin.build_prompt, dataset=task.dataset)
+    wrapper = _prompt_wrapper(family)
+    if wrapper is not None and wrapper.use_custom_prompt(task.dataset):
+        wrapper.set_dump_image(dataset.dump_image)
+        build = functools.partial(wrapper.build_prompt, dataset=task.dataset)
     prompts = (build(dataset.data.iloc[row]) for row in range(len(data)))
     return [[{**item, "dataset": task.dataset} for item in prompt] for prompt in prompts]
 
@@ -295,11 +320,13 @@ def _vlmeval_frame(data: TaskData) -> pd.DataFrame:
     return frame.assign(index=range(len(frame)), image_path=[list(paths) for paths in data.frame["images"]])
 
 
-def _prompt_mixin(family: str) -> Any | None:
-    if family not in PROMPT_MIXINS:
+def _prompt_wrapper(family: str) -> Any | None:
+    wrapper = PROMPT_WRAPPERS.get(family)
+    if wrapper is None:
         return None
-    module, name = PROMPT_MIXINS[family]
-    return getattr(_vlmeval(module), name)(use_custom_prompt=True)
+    made = object.__new__(getattr(_vlmeval(wrapper.module), wrapper.name))
+    vars(made).update(wrapper.settings)
+    return made
 
 
 def _num_tokens_estimate(message: Message) -> int:

@@ -27,13 +27,25 @@ class EvaluatedBatch:
     """Some evaluated rows.
 
     Attributes:
-        forced: Prompts with the right answers behind them, or whole windows of text.
-        answers: Has the model, as it is when this is called, answer the prompts greedily, or continue the windows'
-            first halves.
+        prompts: What the model is asked, or the first halves of windows of text; left-padded.
+        forced: Prompts with the right answers behind them, or whole windows of text; left-padded.
+        answers: Has the model, as it is when this is called, answer the prompts greedily.
     """
 
+    prompts: Batch
     forced: Batch
     answers: Callable[[], list[str]]
+
+    @property
+    def predicts_answer(self) -> Tensor:
+        """Where in ``forced`` the next token is one of the right answer, or ends it: (B, T) bool.
+
+        These predictions alone make an answer right or wrong: those of a prompt's last token and of the answer's own.
+        """
+        given = self.forced["attention_mask"]
+        answer_lengths = given.sum(1) - self.prompts["attention_mask"].sum(1)
+        from_the_end = torch.arange(given.shape[1], 0, -1, device=given.device)
+        return from_the_end <= answer_lengths[:, None] + 1
 
 
 def rows_sha256(parts: Sequence[TaskData]) -> str:
@@ -58,9 +70,10 @@ def benchmark_batches(
         right = [reference_answer(data.task, row) for row in data.rows()]
         limit = min(data.task.max_new_tokens, getattr(adapter, "max_new_tokens", None) or data.task.max_new_tokens)
         for rows in evaluate.make_batches(messages, batch_size):
-            prompts = [messages[row] for row in rows]
-            forced = adapter.encode(loaded, prompts, [right[row] for row in rows])
-            yield EvaluatedBatch(forced, _answers(loaded, adapter, adapter.encode(loaded, prompts), limit))
+            asked = [messages[row] for row in rows]
+            forced = adapter.encode(loaded, asked, [right[row] for row in rows])
+            prompts = adapter.encode(loaded, asked)
+            yield EvaluatedBatch(prompts, forced, _answers(loaded, adapter, prompts, limit))
 
 
 def window_batches(
@@ -69,8 +82,8 @@ def window_batches(
     """Windows of text, (windows, context_length) token ids."""
     device = next(loaded.model.parameters()).device
     for chunk in windows.to(device).split(batch_size):
-        prompt = _without_padding(chunk[:, : chunk.shape[1] // 2])
-        yield EvaluatedBatch(_without_padding(chunk), _answers(loaded, adapter, prompt, NEW_TOKENS))
+        prompts = _without_padding(chunk[:, : chunk.shape[1] // 2])
+        yield EvaluatedBatch(prompts, _without_padding(chunk), _answers(loaded, adapter, prompts, NEW_TOKENS))
 
 
 def _without_padding(input_ids: Tensor) -> Batch:

@@ -34,14 +34,19 @@ class _Agreement:
 
     tokens: int = 0
     same_tokens: int = 0
+    answer_tokens: int = 0
+    same_answer_tokens: int = 0
     max_logit_difference: float = 0.0
     answers: int = 0
     same_answers: int = 0
 
-    def add_logits(self, one: Tensor, other: Tensor) -> None:
-        """Logits (tokens, vocabulary) of both sides."""
-        self.tokens += len(one)
-        self.same_tokens += int((one.argmax(-1) == other.argmax(-1)).sum())
+    def add_logits(self, one: Tensor, other: Tensor, predicts_answer: Tensor) -> None:
+        """Logits (tokens, vocabulary) of both sides, and which of the tokens predict one of an answer, (tokens,)."""
+        same = one.argmax(-1) == other.argmax(-1)
+        self.tokens += len(same)
+        self.same_tokens += int(same.sum())
+        self.answer_tokens += int(predicts_answer.sum())
+        self.same_answer_tokens += int(same[predicts_answer].sum())
         self.max_logit_difference = max(self.max_logit_difference, float((one - other).abs().max()))
 
     def add_answers(self, one: list[str], other: list[str]) -> None:
@@ -51,6 +56,7 @@ class _Agreement:
     def metrics(self, prefix: str = "") -> dict[str, float]:
         return {
             f"{prefix}agreement_percent": 100 * self.same_tokens / self.tokens,
+            f"{prefix}answer_tokens_percent": 100 * self.same_answer_tokens / self.answer_tokens,
             f"{prefix}max_logit_difference": self.max_logit_difference,
             f"{prefix}same_answers_percent": 100 * self.same_answers / self.answers,
         }
@@ -70,9 +76,10 @@ class _Comparison:
             expected_logits, expected_answers = self._predict(batch)
             with float64_sums(self.model):
                 other_logits, other_answers = self._predict(batch)
-        self.integer.add_logits(logits, expected_logits)
+        predicts_answer = batch.predicts_answer[batch.forced["attention_mask"].bool()]
+        self.integer.add_logits(logits, expected_logits, predicts_answer)
         self.integer.add_answers(answers, expected_answers)
-        self.other_sums.add_logits(other_logits, expected_logits)
+        self.other_sums.add_logits(other_logits, expected_logits, predicts_answer)
         self.other_sums.add_answers(other_answers, expected_answers)
 
     @torch.no_grad()
@@ -87,9 +94,10 @@ def backend_agreement(context: ProbeContext) -> TaskResult:
 
     Returns:
         score: share of tokens (all but padding, prompts included) at which both backends predict the same next token,
-        in percent. Metrics: ``agreement_percent`` (the score), ``max_logit_difference``, ``same_answers_percent``
-        (greedy answers equal to the last character), the same three with the prefix ``float64_sums_`` for the
-        simulated backend against itself with its products summed in float64, ``tokens`` and ``answers``.
+        in percent. Metrics: ``agreement_percent`` (the score), ``answer_tokens_percent`` (of those tokens that predict
+        one of the right answer or its end), ``max_logit_difference``, ``same_answers_percent`` (greedy answers equal to
+        the last character), the same four with the prefix ``float64_sums_`` for the simulated backend against itself
+        with its products summed in float64, and the numbers of ``tokens``, ``answer_tokens`` and ``answers``.
 
     Raises:
         RequestError: the model runs nothing in integers.
@@ -104,8 +112,8 @@ def backend_agreement(context: ProbeContext) -> TaskResult:
             comparison.add(batch)
     integer, other_sums = comparison.integer, comparison.other_sums
     metrics = integer.metrics() | other_sums.metrics("float64_sums_")
-    counts = {"tokens": float(integer.tokens), "answers": float(integer.answers)}
-    return TaskResult(metrics["agreement_percent"], metrics | counts)
+    counts = {"tokens": integer.tokens, "answer_tokens": integer.answer_tokens, "answers": integer.answers}
+    return TaskResult(metrics["agreement_percent"], metrics | {name: float(count) for name, count in counts.items()})
 
 
 @contextmanager

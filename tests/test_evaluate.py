@@ -169,6 +169,23 @@ def test_prompts_are_those_of_vlmevalkits_wrapper(data_dir: Path, task: Task) ->
     assert build_messages(task, data, "qwen2_vl") == tagged
 
 
+def test_prompt_texts_of_llava_and_internvl(data_dir: Path) -> None:
+    """LLaVA has a prompt of its own for multiple choice only; InternVL puts the images behind the text."""
+    docvqa, scienceqa = (load(data_dir, TASKS[name]) for name in ("docvqa", "scienceqa"))
+    short = "\nAnswer the question using a single word or phrase."
+    question = docvqa.frame["question"][0]
+    (image, text), (first, second) = (
+        build_messages(docvqa.task, docvqa, family)[0] for family in ("llava", "internvl")
+    )
+    assert (text["value"], first["value"]) == (question + short, question + short)
+    assert (image["type"], second["type"]) == ("image", "image")
+
+    ask = "Answer with the option's letter from the given choices directly."
+    for family in ("llava", "internvl"):
+        (item, *_) = (item for item in build_messages(scienceqa.task, scienceqa, family)[0] if item["type"] == "text")
+        assert item["value"] == f"Which of these is number 4000?\nA. None\nB. north0\n{ask}"
+
+
 def texts(messages: list[Message]) -> list[str]:
     return [message[-1]["value"] for message in messages]
 

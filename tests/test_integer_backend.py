@@ -445,9 +445,10 @@ def test_whole_standin_on_evaluated_rows(tmp_path: Path, dtype: str) -> None:
     assert metrics["agreement_percent"] == record.score
     assert metrics["tokens"] > 500
     assert metrics["answers"] == 20
+    assert 40 <= metrics["answer_tokens"] < metrics["tokens"] / 2
     if dtype == "float64":
         assert record.score >= 100 * SAME_TOKENS
-        assert metrics["same_answers_percent"] == 100
+        assert metrics["answer_tokens_percent"] == metrics["same_answers_percent"] == 100
         assert metrics["max_logit_difference"] < 1e-6
     else:
         assert metrics["max_logit_difference"] > 0

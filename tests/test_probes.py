@@ -17,11 +17,13 @@ from torch import Tensor, nn
 from fakes.sessions import add_fc2_means, hard_model
 from fakes.tiny_qwen2_vl import tiny_batch, tiny_layout, tiny_model
 from mqbench.harness.errors import CalibrationError, NonFiniteError, RequestError
+from mqbench.harness.evaluated import EvaluatedBatch
 from mqbench.harness.models.adapter import LoadedModel
 from mqbench.harness.probe_activations import EDGES, KINDS, histogram
 from mqbench.harness.probe_values import rounded, shown_blocks
 from mqbench.harness.probe_weights import MAX_GROUPS, channel_peaks, conditions
 from mqbench.harness.probes import PROBES, ProbeContext
+from mqbench.harness.quant.integer import quant_linears, use_integer_backend
 from mqbench.harness.quant.layout import Layout
 from mqbench.harness.quant.scheme import Recipe, parse_bits
 from mqbench.harness.quant.session import Batch, LayerReport, QuantReport
@@ -304,3 +306,45 @@ def test_wide_weights_are_stored_in_groups(width: int, seed: int) -> None:
 
 def test_shown_blocks() -> None:
     assert [list(shown_blocks(count)) for count in (1, 2, 3, 4, 32)] == [[0], [0, 1], [0, 1, 2], [0, 2, 3], [0, 16, 31]]
+
+
+# --- backend_agreement
+
+
+def asked_and_answered(model: nn.Module, answer_lengths: Sequence[int]) -> EvaluatedBatch:
+    """Rows with an image whose last ``answer_lengths`` tokens are the answers; every row is answered alike."""
+    forced = tiny_batch(model, num_images=1, batch_size=len(answer_lengths), seed=7)
+    given = forced["attention_mask"].sum(1) - torch.tensor(answer_lengths)
+    longest = int(given.max())
+    prompts = {"attention_mask": torch.arange(longest) >= longest - given[:, None]}
+    return EvaluatedBatch(prompts, forced, lambda: ["the same"] * len(answer_lengths))
+
+
+def spoil_integers(model: nn.Module, spoiled: Tensor) -> None:
+    """The model predicts the least likely token where ``spoiled`` (B, T), but only when it runs in integers."""
+
+    def hook(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if all(linear.integer is not None for linear in quant_linears(model).values()):
+            output.logits = torch.where(spoiled[..., None], -output.logits, output.logits)
+
+    model.register_forward_hook(hook)
+
+
+@pytest.mark.parametrize("everywhere", [False, True])
+def test_answer_tokens_are_counted_apart(everywhere: bool) -> None:
+    """Answers of 1 and 2 tokens: 5 predictions of an answer or its end; all are spoiled, or the last of each row."""
+    model = tiny_model()
+    probed = quantized(model, [tiny_batch(model, 2, 3)])
+    assert use_integer_backend(model).complete
+    batch = asked_and_answered(model, [1, 2])
+    spoiled = torch.full_like(batch.forced["input_ids"], everywhere).bool()
+    spoiled[:, -1] = True
+    spoil_integers(model, spoiled)
+    metrics = PROBES["backend_agreement"].run(replace(probed, evaluated=lambda: [batch])).metrics
+    tokens = int(batch.forced["attention_mask"].sum())
+    assert tokens > 10
+    assert (metrics["tokens"], metrics["answer_tokens"], metrics["answers"]) == (tokens, 5, 2)
+    assert metrics["agreement_percent"] == (0 if everywhere else 100 * (tokens - 2) / tokens)
+    assert metrics["answer_tokens_percent"] == (0 if everywhere else 60)
+    assert metrics["same_answers_percent"] == 100
+    assert metrics["float64_sums_agreement_percent"] == metrics["float64_sums_answer_tokens_percent"] == 100

@@ -118,7 +118,7 @@ class RuntimeDecoder(nn.Module):
         positions = self._positions(position_ids, x, past)
         visual, order = self.context.visual, None
         if self.order is Order.AIFS and visual is not None:
-            order = order_of(visual, self.context.valid)
+            order = order_of(visual, _valid_tokens(attention_mask, visual.shape[1], past))
             attention = _permuted_attention(attention_mask, order, past)
             x, visual = _select(x, order), visual.gather(1, order)
             positions = positions.expand(-1, *order.shape).gather(2, order.expand_as(positions))
@@ -191,6 +191,15 @@ def _permuted_attention(attention_mask: Any, order: Tensor, past: int) -> PassAt
     position = torch.cat([before, chunk], dim=1)
     valid = valid_mask(attention_mask, position.shape[1])
     return Planned(plan_attention(position, valid, num_queries=order.shape[1]), position.shape[1])
+
+
+def _valid_tokens(attention_mask: Any, num_tokens: int, past: int) -> Tensor | None:
+    """The chunk's tokens that are no padding, (B, T) bool; None for all. A row's last token sees all of them."""
+    mask = _prepared_mask(attention_mask)
+    if mask is None:
+        return valid_mask(attention_mask, num_tokens)
+    seen = mask[:, 0, -1, past : past + num_tokens]
+    return seen if seen.dtype == torch.bool else seen == 0
 
 
 def _prepared_mask(attention_mask: Any) -> Tensor | None:

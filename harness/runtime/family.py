@@ -96,7 +96,9 @@ def grid_positions(visual: Any, grid_thw: Tensor, dtype: torch.dtype) -> tuple[A
     return visual.rotary_pos_emb(torch.empty(0, dtype=dtype, device=device), positions), lengths
 
 
-_LLAMA = Family("LlamaForCausalLM", llama_layout, "apply_rotary_pos_emb", None, 1, sequential_positions, None)
+def _text_only(model_class: str) -> Family:
+    return Family(model_class, llama_layout, "apply_rotary_pos_emb", None, 1, sequential_positions, None)
+
 
 FAMILIES: Mapping[str, Family] = MappingProxyType(
     {
@@ -109,7 +111,8 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
             multimodal_positions,
             grid_positions,
         ),
-        "llama": _LLAMA,
+        "llama": _text_only("LlamaForCausalLM"),
+        "qwen2": _text_only("Qwen2ForCausalLM"),
     }
 )
 """By ``config.model_type``."""

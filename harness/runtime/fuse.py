@@ -115,6 +115,7 @@ def fuse(fused: FusedModel, system: System, source: Source) -> None:
         LayoutError: the architecture has something that the runtime does not cover; the message names it.
     """
     model, layout = fused.model, fused.layout
+    _check_attention(model.get_submodule(layout.text_root), layout)
     if layout.vision is not None:
         assert layout.patch_embed is not None and fused.family.vision_rotary is not None
         put(model, parent_of(layout.patch_embed), PatchRows(source.projection((layout.patch_embed,), Part.VISION)))
@@ -139,6 +140,11 @@ def put(model: nn.Module, name: str, module: nn.Module) -> None:
 def parent_of(name: str) -> str:
     """Name of the module that holds a module."""
     return name.rpartition(".")[0]
+
+
+def _check_attention(decoder: Any, layout: Layout) -> None:
+    if "sliding_attention" in (getattr(decoder.config, "layer_types", None) or ()):
+        raise LayoutError(f"this '{layout.family}' model has sliding-window attention, which the runtime does not have")
 
 
 def _parts(model: nn.Module, block: Block, part: Part, rotary: str, source: Source) -> dict[str, Any]:

@@ -77,6 +77,7 @@ def prepare_prompt(
     valid = torch.ones_like(host.input_ids, dtype=torch.bool)
     if host.attention_mask is not None:
         valid = host.attention_mask.bool()
+        _check_padding(valid)
     visual = torch.zeros_like(valid)
     if fused.layout.image_token_id is not None:
         visual = torch.eq(host.input_ids, fused.layout.image_token_id)
@@ -103,6 +104,11 @@ def prepare_prompt(
         tensors |= {f"{PLAN}{index}": x for index, x in enumerate(plan_tensors(plan))}
     next_position = (ends - past - num_tokens).to(cache.next_position.device)
     return PreparedPrompt(inputs, past, tensors, lengths, plan, num_keys, position, placed, next_position)
+
+
+def _check_padding(valid: Tensor) -> None:
+    if not bool((valid[:, 1:] >= valid[:, :-1]).all()) or not bool(valid[:, -1].all()):
+        raise ValueError("attention_mask must pad on the left and nowhere else, so that each row's last token is real")
 
 
 def _visual_rows(visual: Tensor, rows: Tensor, tokens: Tensor, order: Order) -> dict[str, Tensor]:

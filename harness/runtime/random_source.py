@@ -112,7 +112,7 @@ class RandomSource:
 
     def _site(self, name: str, part: Part) -> Site:
         args, system, is_hadamard = self._scheme(part).activations, self.system, name in self.transformed
-        if system.activations == FLOAT8:
+        if system.activations == FLOAT8 and self._fits_float8(name):
             return Float8Site()
         if args is None or system.activations is None:
             return FloatSite(OnlineHadamardRows() if is_hadamard else None)
@@ -124,6 +124,12 @@ class RandomSource:
             takes_x0=self._splits(name),
             sliced=system.order is Order.SLICED,
         )
+
+    def _fits_float8(self, name: str) -> bool:
+        """``torch._scaled_mm`` wants both sizes divisible by 16; Qwen2-VL's patch embedding stays in 16 bits."""
+        weight = self.model.get_submodule(name).weight
+        assert isinstance(weight, Tensor)
+        return len(weight) % 16 == 0 and weight[0].numel() % 16 == 0
 
     def _scale(self, name: str, part: Part) -> Tensor | None:
         if self.system.activations == Strategy.TOKEN:
@@ -144,7 +150,7 @@ class RandomSource:
         num_out = sum(module.weight.shape[0] for module in modules)
         has_bias = any(module.bias is not None for module in modules)
         bias = self.values.normal((num_out,), self.dtype, device) if has_bias else None
-        if self.system.activations == FLOAT8:
+        if self.system.activations == FLOAT8 and all(map(self._fits_float8, names)):
             return self._float8(num_out, num_in, device, bias)
         w0 = self._weight((num_out, 1), device)[:, 0] if self._splits(names[0]) else None
         if args is None:
