@@ -14,6 +14,7 @@ from mqbench.harness.bench.command import bench
 from mqbench.harness.errors import MQBenchError, RequestError
 from mqbench.harness.gate_command import gate
 from mqbench.harness.store import DEFAULT_OUT, DamagedLineWarning
+from mqbench.harness.sweep.command import sweep
 
 EXIT_FAILED_CELLS = 1
 EXIT_BAD_REQUEST = 2
@@ -35,6 +36,7 @@ app = typer.Typer(
 paper = typer.Typer(no_args_is_help=True, help="The paper's own numbers: do they follow from each other?")
 app.add_typer(paper, name="paper")
 app.add_typer(bench, name="bench")
+app.add_typer(sweep, name="sweep")
 app.command()(gate)
 
 ModelsDir = Annotated[

@@ -1,0 +1,362 @@
+"""Measures one point: systems are built, warmed up, and timed in turns; what does not fit in memory is split up."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from types import MappingProxyType
+from typing import Any, Protocol
+
+import torch
+
+from mqbench.harness.bench.worker import DeviceLost
+from mqbench.harness.runtime.interface import Runtime
+from mqbench.harness.runtime.systems import SYSTEMS, System
+from mqbench.harness.sweep import protocol
+from mqbench.harness.sweep.device import clock_of, memory_of
+from mqbench.harness.sweep.inputs import decode_ids, make_turns
+from mqbench.harness.sweep.model import SweepModel
+from mqbench.harness.sweep.outcome import (
+    OK,
+    OUT_OF_MEMORY,
+    UNAVAILABLE,
+    Outcome,
+    merged,
+    note_of,
+    ratio,
+    split_group,
+    summary,
+)
+from mqbench.harness.sweep.peaks import measured_peaks, peak_metrics
+from mqbench.harness.sweep.protocol import Shape
+from mqbench.harness.sweep.roofline import Peaks, decode_limit_ms, prefill_limit_ms
+from mqbench.harness.sweep.session import run_pass
+from mqbench.harness.sweep.spec import LATENCY, LINEARS, MEMORY, Point
+from mqbench.harness.sweep.split import Split, split_pass
+
+PREFILL, TOTAL, PEAK = "prefill_ms", "total_ms", "peak_bytes"
+HEADLINES: Mapping[str, str] = MappingProxyType({LATENCY: PREFILL, MEMORY: PEAK})
+"""The figure that a record's score is, by sweep; ``TOTAL`` for the others."""
+TIMED: Mapping[str, str] = MappingProxyType({LATENCY: PREFILL})
+"""The figure that ratios compare, likewise."""
+
+LINEAR_PARTS = ("vision gemm", "projector", "llm gemm")
+BETWEEN_LINEARS = "quantize and norm"
+WARMUP_PASSES = 2
+WARMUP_STEPS = 2
+"""Decoding steps of a warm-up pass over a single turn."""
+
+
+class Build(Protocol):
+    """Makes a runtime with random weights."""
+
+    def __call__(
+        self, config: Any, system: System, *, device: torch.device, dtype: torch.dtype, seed: int
+    ) -> Runtime: ...
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What all points of a run have in common."""
+
+    device: str
+    dtype: str
+    seed: int
+    model: SweepModel
+
+
+@dataclass
+class Entry:
+    """A system in memory with its samples."""
+
+    name: str
+    runtime: Runtime
+    figures: dict[str, float]
+    note: str = OK
+    samples: dict[str, list[float]] = field(default_factory=dict)
+
+    def add(self, samples: Mapping[str, Sequence[float]]) -> None:
+        for name, values in samples.items():
+            self.samples.setdefault(name, []).extend(values)
+
+
+def measure_sequences(point: Point, settings: Settings, skip: Mapping[str, str], build: Build | None = None) -> Outcome:
+    """Measures a point whose work is a ``Shape``.
+
+    Args:
+        point: What to measure.
+        settings: Device, model and seed.
+        skip: Systems to leave out, with the note to keep.
+        build: Makes runtimes; by default the real ones.
+
+    Raises:
+        DeviceLost: a system broke the GPU's context; this process can measure no more.
+    """
+    with torch.inference_mode():
+        return _Measurer(point, settings, dict(skip), build or build_random).run()
+
+
+def build_random(config: Any, system: System, *, device: torch.device, dtype: torch.dtype, seed: int) -> Runtime:
+    """The real runtime, in packed form from the start."""
+    from mqbench.harness.runtime.build import build_runtime
+
+    return build_runtime(config, system, device=device, dtype=dtype, seed=seed)
+
+
+class _Measurer:
+    """Everything about one point. Groups of systems are in memory together, one group after the other."""
+
+    def __init__(self, point: Point, settings: Settings, notes: dict[str, str], build: Build) -> None:
+        assert isinstance(point.work, Shape)
+        self.point, self.shape, self.settings = point, point.work, settings
+        self.notes, self.build = notes, build
+        self.device, self.dtype = torch.device(settings.device), getattr(torch, settings.dtype)
+        self.clock, self.memory = clock_of(self.device), memory_of(self.device)
+        self.rules, self.config = settings.model.rules, settings.model.build_config()
+        inputs = {"device": self.device, "dtype": self.dtype, "seed": settings.seed}
+        self.turns = make_turns(self.shape, self.rules, self.config, **inputs)
+        self.token = decode_ids(self.shape.batch, self.config, self.device, settings.seed)
+        self.figures: dict[str, dict[str, float]] = {}
+        self.samples: dict[str, list[dict[str, list[float]]]] = {}
+        self.ratios: dict[str, float] = {}
+
+    @cached_property
+    def peaks(self) -> Peaks | None:
+        return measured_peaks(self.settings.device)
+
+    @property
+    def timed(self) -> str:
+        """The figure that ratios compare."""
+        return TIMED.get(self.point.sweep, TOTAL)
+
+    def run(self) -> Outcome:
+        groups = self._first_groups()
+        done: list[tuple[str, ...]] = []
+        while groups:
+            group = tuple(name for name in groups.pop(0) if name not in self.notes or self.notes[name].startswith(OK))
+            if not group or (len(group) == 1 and group[0] in self.figures):
+                continue
+            if self._measure_group(group, number=len(done)):
+                done.append(group)
+            else:
+                groups[:0] = split_group(group)
+        return self._outcome(interleaved=len(done) == 1)
+
+    def _first_groups(self) -> list[tuple[str, ...]]:
+        """All that can run here together; each alone where the device's memory is what is measured."""
+        able = []
+        for name in self.point.systems:
+            reason = SYSTEMS[name].runs_on(self.device)
+            if reason is not None:
+                self.notes.setdefault(name, f"{UNAVAILABLE}: {reason}")
+            elif name not in self.notes:
+                able.append(name)
+        return [(name,) for name in able] if self.point.sweep == MEMORY else [tuple(able)]
+
+    def _measure_group(self, group: Sequence[str], number: int) -> bool:
+        """False when the group does not fit in memory and has to be split; nothing of it is kept then."""
+        entries: dict[str, Entry] = {}
+        try:
+            fits = self._prepare_all(group, entries) and self._time_all(group, entries)
+            if fits:
+                self._keep(entries, number)
+            return fits
+        finally:
+            for entry in entries.values():
+                entry.runtime.close()
+            entries.clear()
+            self.memory.release()
+
+    def _prepare_all(self, group: Sequence[str], entries: dict[str, Entry]) -> bool:
+        for name in group:
+            note = self._guarded(name, partial(self._prepare, name, entries))
+            if not self._goes_on(name, note, group):
+                return False
+        return True
+
+    def _time_all(self, group: Sequence[str], entries: dict[str, Entry]) -> bool:
+        """One untimed round, then the timed ones; who begins changes from round to round."""
+        for number in range(self.point.repeats + 1):
+            names = list(entries)
+            first = number % len(names) if names else 0
+            for name in (*names[first:], *names[:first]):
+                note = self._guarded(name, partial(self._sample, entries[name], keep=number > 0))
+                if not self._goes_on(name, note, group):
+                    return False
+                if note is not None:
+                    entries.pop(name).runtime.close()
+        for entry in entries.values():
+            self._look_into(entry, alone=len(group) == 1)
+        return True
+
+    def _goes_on(self, name: str, note: str | None, group: Sequence[str]) -> bool:
+        """Keeps a note; False when a group has to be split."""
+        if note is None:
+            return True
+        if note.startswith(OUT_OF_MEMORY) and len(group) > 1:
+            return False
+        self.notes[name] = note
+        return True
+
+    def _guarded(self, name: str, work: Callable[[], Any]) -> str | None:
+        """The note of an error, None without one.
+
+        No error is kept: its traceback would hold the memory that the next system needs.
+
+        Raises:
+            DeviceLost: the GPU answers no more.
+        """
+        try:
+            work()
+            return None
+        except Exception as error:  # a system that fails must not end the others; its note says what happened
+            note = note_of(error)
+        try:
+            self.clock.wait()
+        except RuntimeError as error:
+            raise DeviceLost(name, note) from error
+        self.memory.release()
+        return note
+
+    def _prepare(self, name: str, entries: dict[str, Entry]) -> None:
+        """Builds and warms up; graphs are captured here."""
+        system = SYSTEMS[name]
+        arguments = {"device": self.device, "dtype": self.dtype, "seed": self.settings.seed}
+        self.memory.release()
+        runtime, built = self.memory.watch(lambda: self.build(self.config, system, **arguments))
+        try:
+            _, warm = self.memory.watch(lambda: self._warm_up(runtime))
+        except BaseException:
+            runtime.close()
+            raise
+        figures = memory_figures(runtime, built.peak_bytes, built.kept_bytes + warm.peak_bytes)
+        entries[name] = Entry(name, runtime, figures)
+
+    def _warm_up(self, runtime: Runtime) -> None:
+        """A single turn is warm after a few steps; later turns need every length they will see."""
+        runtime.reserve(self.shape.batch, protocol.cache_length(self.shape, self.rules))
+        steps = self.shape.decode_tokens if self.shape.turns > 1 else min(WARMUP_STEPS, self.shape.decode_tokens)
+        for _ in range(WARMUP_PASSES):
+            run_pass(runtime, self.turns, self.token, steps, self.clock)
+
+    def _sample(self, entry: Entry, keep: bool) -> None:
+        if self.point.sweep == LINEARS:
+            samples = linear_samples(self._split(entry))
+        else:
+            times = run_pass(entry.runtime, self.turns, self.token, self.shape.decode_tokens, self.clock)
+            samples = times.samples()
+        if keep:
+            entry.add(samples)
+
+    def _split(self, entry: Entry) -> Split:
+        """Kernels of one prefill of the first turn, by part."""
+
+        def run() -> None:
+            entry.runtime.prefill(self.turns[0])
+            self.clock.wait()
+
+        entry.runtime.reset()
+        self.clock.cool()
+        self.clock.wait()
+        with entry.runtime.instrumented():
+            return split_pass(run, self.device, self._vision_tower(entry.runtime))
+
+    def _vision_tower(self, runtime: Runtime) -> Any:
+        from mqbench.harness.models.qwen2_vl import qwen2_vl_layout
+
+        root = qwen2_vl_layout(self.config).vision_root
+        return runtime.model.get_submodule(root) if root else None
+
+    def _look_into(self, entry: Entry, alone: bool) -> None:
+        """Device memory, and the time split of a latency point; without memory for it, there is none."""
+        used = self.memory.used_bytes()
+        if alone and used is not None:
+            entry.figures["device_peak_bytes"] = float(used)
+        if self.point.sweep == LATENCY:
+            note = self._guarded(entry.name, partial(self._add_split, entry))
+            if note is not None:
+                entry.note = f"{OK}, but no time split: {note}"
+
+    def _add_split(self, entry: Entry) -> None:
+        entry.figures |= split_figures(self._split(entry))
+
+    def _keep(self, entries: Mapping[str, Entry], number: int) -> None:
+        baseline = entries.get(self.point.systems[0])
+        for name, entry in entries.items():
+            self.figures.setdefault(name, {**entry.figures, "group": float(number)})
+            self.samples.setdefault(name, []).append(entry.samples)
+            self.notes[name] = entry.note
+            if baseline is not None and self.point.sweep != MEMORY:
+                found = ratio(baseline.samples.get(self.timed, ()), entry.samples.get(self.timed, ()))
+                if found is not None:
+                    self.ratios.setdefault(name, found)
+
+    def _outcome(self, interleaved: bool) -> Outcome:
+        metrics = {**protocol.figures(self.shape, self.rules), "interleaved": float(interleaved)}
+        arrays: dict[str, tuple[float, ...]] = {}
+        scores: dict[str, float] = {}
+        for name in self.point.systems:
+            if name not in self.figures:
+                continue
+            samples = merged(self.samples[name])
+            arrays |= {f"{name}.{figure}": values for figure, values in samples.items()}
+            metrics |= summary(name, samples) | self._figures(name)
+            if self.device.type == "cuda":  # an operation on the CPU is no launch
+                metrics |= launch_gap(name, metrics)
+            scores[name] = metrics[f"{name}.{HEADLINES.get(self.point.sweep, TOTAL)}"]
+        metrics |= peak_metrics(self.peaks) if scores and self.device.type == "cuda" else {}
+        notes = {name: self.notes[name] for name in self.point.systems if name in self.notes}
+        return Outcome(metrics, arrays, notes, scores, {"l2": self.clock.l2_state})
+
+    def _figures(self, name: str) -> dict[str, float]:
+        """What was looked at once, the ratio and the limits."""
+        found = dict(self.figures[name])
+        if name in self.ratios:
+            found["ratio"] = self.ratios[name]
+        if self.peaks is not None:
+            arguments = (self.shape, self.rules, self.settings.model.data, SYSTEMS[name], self.peaks)
+            limits = {"limit_ms": prefill_limit_ms(*arguments)}
+            if self.shape.decode_tokens:
+                limits["decode_limit_ms"] = decode_limit_ms(*arguments)
+            found |= {key: value for key, value in limits.items() if value is not None}
+        return {f"{name}.{figure}": value for figure, value in found.items()}
+
+
+def memory_figures(runtime: Runtime, build_peak: int, peak: int) -> dict[str, float]:
+    """Bytes by kind; activations are what the peak has beyond weights, cache and workspace."""
+    parts = runtime.memory()
+    peak = max(peak, parts.total_bytes)
+    return {
+        "build_peak_bytes": float(build_peak),
+        "peak_bytes": float(peak),
+        "weights_bytes": float(parts.weights_bytes),
+        "kv_cache_bytes": float(parts.kv_cache_bytes),
+        "workspace_bytes": float(parts.workspace_bytes),
+        "activations_bytes": float(peak - parts.total_bytes),
+    }
+
+
+def split_figures(split: Split) -> dict[str, float]:
+    """``part:<part>_ms``, the vision tower's share and the sum over all kernels."""
+    vision = split.vision_ms
+    if vision is None:
+        vision = sum(
+            value for name, value in split.parts_ms.items() if name.startswith("vision") or name == "projector"
+        )
+    parts = {f"part:{name}_ms": value for name, value in split.parts_ms.items()}
+    return {**parts, "vision_ms": vision, "kernels_ms": split.kernels_ms}
+
+
+def launch_gap(system: str, metrics: Mapping[str, float]) -> dict[str, float]:
+    """What a prefill takes beyond its kernels; empty without a time split."""
+    kernels = metrics.get(f"{system}.kernels_ms")
+    return {} if kernels is None else {f"{system}.launch_gap_ms": metrics[f"{system}.{PREFILL}"] - kernels}
+
+
+def linear_samples(split: Split) -> dict[str, list[float]]:
+    """Kernel time of the products alone, and with norms, activation functions and quantization between them."""
+    products = sum(split.parts_ms.get(name, 0.0) for name in LINEAR_PARTS)
+    total = products + split.parts_ms.get(BETWEEN_LINEARS, 0.0)
+    parts = {f"part:{name}_ms": [value] for name, value in split.parts_ms.items()}
+    return {TOTAL: [total], "gemm_ms": [products], **parts}
