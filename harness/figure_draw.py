@@ -29,7 +29,7 @@ MARKER_STEPS = 8
 """About how many markers a curve has, and by how many points those of different curves are shifted at most."""
 
 MANY = 4
-"""With more curves than this the legend stands beside the axes."""
+"""With more curves than this the legend stands beside the axes, as it does where bars would be under it."""
 
 LEGEND_CHARACTERS = 26
 BAR_WIDTH = 0.38
@@ -189,7 +189,7 @@ def _legends(panels: tuple[Panel, ...], places: list[Axes]) -> None:
             shown.add(labels)
             beside = {"loc": "upper left", "bbox_to_anchor": (1.0, 1.0)}
             inside = {"loc": "best", "ncols": ceil(len(labels) / 2)}
-            legend = axes.legend(**(beside if len(labels) > MANY else inside))
+            legend = axes.legend(**(beside if len(labels) > MANY or panel.style is Style.STACK else inside))
             for text in legend.get_texts():
                 text.set_text("\n".join(textwrap.wrap(text.get_text(), LEGEND_CHARACTERS)))
 

@@ -22,12 +22,26 @@ from fakes.records import make_record
 from fakes.sweeps import LARGE, SMALL, SPEEDS, no_memory, of_systems, point, sweep_records
 from mqbench.harness.bench.catalog import CONTENDERS
 from mqbench.harness.errors import TableError
+from mqbench.harness.figure import compose, load_figure
 from mqbench.harness.paper_figures import find_line, paper_lines
 from mqbench.harness.record import Record
 from mqbench.harness.runtime.systems import SYSTEMS
 from mqbench.harness.select import parse_filters
 from mqbench.harness.store import RecordStore
-from mqbench.harness.sweep_records import SWEEPS_NAME, load_records, measured_points, ran_out_of_memory, to_compare
+from mqbench.harness.sweep import outcome
+from mqbench.harness.sweep.measure import TIMED, TOTAL
+from mqbench.harness.sweep.model import find_sweep_model
+from mqbench.harness.sweep.spec import PAPER, QUANTIZE, SWEEPS, TASK_PREFIX, points_of
+from mqbench.harness.sweep_records import (
+    HEADLINES,
+    OUT_OF_MEMORY,
+    SWEEP_PREFIX,
+    SWEEPS_NAME,
+    load_records,
+    measured_points,
+    ran_out_of_memory,
+    to_compare,
+)
 from mqbench.harness.table import build, render
 from mqbench.harness.table_commands import run_table
 from mqbench.harness.table_formulas import COMPARISONS
@@ -339,12 +353,51 @@ def test_what_is_missing_of_a_table_is_named(records: list[Record]) -> None:
     assert "sweep latency" not in text
 
 
+# --- what mqbench sweep writes ----------------------------------------------------------------------------------------
+
+
+def planned_records() -> list[Record]:
+    """Every point of the paper's protocol, with every figure of every system."""
+    times = dict.fromkeys(CONTRACT, 1.0)
+    model = find_sweep_model("qwen2-vl-7b", None, {}, None)
+    records = []
+    for sweep in SWEEPS:
+        for one in points_of(sweep, PAPER) if sweep != QUANTIZE else ():
+            cell = one.cell(model, version="1", device=LARGE, dtype="bfloat16", seed=0)
+            metrics = {f"{name}.{figure}": value for name in one.systems for figure, value in times.items()}
+            records.append(make_record(cell, 1.0, metrics={**metrics, "visual_tokens": 4.0}, samples=()))
+    return records
+
+
+@pytest.mark.parametrize("number", TABLES)
+def test_the_protocol_fills_every_place(number: int) -> None:
+    spec = load_spec(number)
+    rows = build(planned_records(), spec).rows
+    empty = [
+        (row.labels, column.header)
+        for row in rows
+        for column, entry in zip(spec.columns, row.entries, strict=True)
+        if entry.measured is None and column.is_sweep
+    ]
+    without_gemv = [(name, "MQuant, GEMV") for name in ("prefill, linear layers (ms)", "prefill, whole model (ms)")]
+    wanted = [*without_gemv, ("decode (ms per token)", "MQuant")] if number == 12 else []
+    assert [(labels[-1], header) for labels, header in empty] == wanted
+    assert all(any(entry.paper is not None for entry in row.entries) for row in rows) or number in (10, 12)
+
+
+def test_figure_7_has_every_size_of_the_protocol() -> None:
+    prefill, linears = compose(planned_records(), load_figure("7")).panels
+    assert prefill.series[0].x[-1] == 5600 and linears.series[0].x[-1] == 3640
+    assert [series.label for series in linears.series] == [series.label for series in prefill.series]
+    assert len(prefill.series) == 3 and len(prefill.series[0].x) == 15
+
+
+def test_sweeps_and_tables_mean_the_same() -> None:
+    assert {sweep: TIMED.get(sweep.removeprefix("sweep_"), TOTAL) for sweep in HEADLINES} == HEADLINES
+    assert (TASK_PREFIX, outcome.OUT_OF_MEMORY) == (SWEEP_PREFIX, OUT_OF_MEMORY)
+
+
 # --- specifications and files ----------------------------------------------------------------------------------------
-
-
-def systems_of(spec: TableSpec) -> set[str]:
-    filled = [name.format_map(row.fill) for row in spec.row or [None] for name in names_of(spec, row)]
-    return {name.partition(".")[0] for name in filled if "." in name}
 
 
 def names_of(spec: TableSpec, row: Any) -> list[str]:
