@@ -17,6 +17,7 @@ from mqbench.harness.estimate import estimate_s, num_workers
 from mqbench.harness.listing import PIPE_WIDTH
 from mqbench.harness.plan import Plan, expand, expand_all
 from mqbench.harness.progress import ProgressView, duration_text
+from mqbench.harness.ranks import join_ranks
 from mqbench.harness.record import Record
 from mqbench.harness.request import Request
 from mqbench.harness.run import Outcome, run_plan
@@ -113,13 +114,14 @@ def _print_overview(plan: Plan, notes: Console) -> None:
 
 
 def _run_and_print(plan: Plan, *, as_json: bool, dry_run: bool, table: bool = True) -> bool:
-    notes = Console(stderr=True)
+    leads = join_ranks().leads
+    notes = Console(stderr=True, quiet=not leads)
     _print_overview(plan, notes)
     if dry_run:
         print_plan(plan, as_json)
         return True
     outcome = _run(plan, notes)
-    if table or as_json:
+    if leads and (table or as_json):
         _print_results(plan, as_json)
     _print_failures(outcome, plan.request, notes)
     notes.print(f"records: {RecordStore(plan.request.out).path}", markup=False, highlight=False, soft_wrap=True)

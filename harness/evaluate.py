@@ -81,6 +81,9 @@ PROMPT_WRAPPERS: Mapping[str, PromptWrapper] = MappingProxyType(
 PIXELS_PER_TOKEN = 28 * 28
 CHARACTERS_PER_TOKEN = 4
 
+Share = Callable[[list[list[int]]], list[list[int]]]
+"""Chooses some of all batches."""
+
 OnProgress = Callable[[Mapping[str, str]], None]
 """Called after every batch with its new predictions by row index."""
 
@@ -142,6 +145,7 @@ def evaluate_task(
     batch_size: int,
     on_progress: OnProgress | None = None,
     done: Mapping[str, str] | None = None,
+    share: Share = list,
 ) -> dict[str, str]:
     """Greedy answers of a model to every row.
 
@@ -156,16 +160,17 @@ def evaluate_task(
         batch_size: Prompts per forward pass.
         on_progress: Told about every finished batch.
         done: Predictions of an earlier run with the same settings, by row index.
+        share: Of all batches, those to run here.
 
     Returns:
-        Row index -> answer, in the order of the rows.
+        Row index -> answer, in the order of the rows; rows of batches that run elsewhere are left out.
     """
     messages = build_messages(task, data, loaded.layout.family)
     indices = data.indices
     kept = done or {}
     predictions = {index: kept[index] for index in indices if index in kept}
     limit = min(task.max_new_tokens, getattr(adapter, "max_new_tokens", None) or task.max_new_tokens)
-    for batch in make_batches(messages, batch_size):
+    for batch in share(make_batches(messages, batch_size)):
         if all(indices[row] in predictions for row in batch):
             continue
         with torch.no_grad():
@@ -175,7 +180,7 @@ def evaluate_task(
         predictions |= new
         if on_progress is not None:
             on_progress(new)
-    return {index: predictions[index] for index in indices}
+    return {index: predictions[index] for index in indices if index in predictions}
 
 
 def make_batches(messages: Sequence[Message], batch_size: int) -> list[list[int]]:

@@ -17,6 +17,7 @@ from mqbench.harness.datasets.catalog import TASKS, find_task
 from mqbench.harness.errors import DatasetError, MissingWeightsError, MQBenchError, RequestError
 from mqbench.harness.inputs import modality_of_adapter
 from mqbench.harness.plan import Group
+from mqbench.harness.ranks import Ranks
 from mqbench.harness.record import CalibrationInfo, Cell, Record, Sample, Status
 from mqbench.harness.request import Request
 from mqbench.harness.select import FLOAT_METHOD
@@ -94,12 +95,14 @@ class Executor:
         notify: Told about progress.
         evaluator: Module with ``evaluate_task``, ``score``, ``prompts_sha256``, ``calibration_prompts`` and
             ``make_batches``.
+        ranks: This process among those that share each cell's rows.
     """
 
     request: Request
     device: str
     notify: Notify
     evaluator: str = EVALUATOR
+    ranks: Ranks = field(default_factory=Ranks)
     _data: dict[tuple[str, int | None], TaskData] = field(default_factory=dict)
     _prompts: dict[tuple[str, CalibrationInfo], list[Any]] = field(default_factory=dict)
 
@@ -114,14 +117,20 @@ class Executor:
     def run_group(self, group: Group) -> None:
         """Writes one record for each cell, whatever happens; only the store's own errors come out."""
         started = time.perf_counter()
+        ready: list[Ready] = []
+
+        def prepare() -> dict[str, str]:
+            ready.append(self.prepare(group))
+            return {}
+
         try:
-            ready = self.prepare(group)
+            self.ranks.merge(prepare)
         except Exception as error:
             for cell in group.cells:
                 self._store_failure(cell, error, started)
             return
         for cell in group.cells:
-            self._run_cell(ready, cell)
+            self._run_cell(ready[0], cell)
 
     def prepare(self, group: Group) -> Ready:
         """The model of a group, ready to evaluate."""
@@ -221,8 +230,7 @@ class Executor:
             backend=backend_of(ready.integers),
             quantize_s=round(ready.quantize_s, 3),
         )
-        self.store.append(record)
-        self.notify(Finished(cell.key, cell.label, record.score, ""))
+        self._store(record)
 
     def _measure(self, ready: Ready, cell: Cell) -> Measured:
         match task_info(cell.task).kind:
@@ -240,10 +248,16 @@ class Executor:
 
         loaded, data = ready.loaded, self._task_data(cell)
         done, keep = self._resumed(cell)
-        with finite_outputs(loaded.model, loaded.layout):
-            answers: dict[str, str] = self.evaluate.evaluate_task(
-                loaded, ready.adapter, data.task, data, cell.batch_size, on_progress=keep, done=done
-            )
+
+        def answer() -> dict[str, str]:
+            with finite_outputs(loaded.model, loaded.layout):
+                answers: dict[str, str] = self.evaluate.evaluate_task(
+                    loaded, ready.adapter, data.task, data, cell.batch_size, keep, done, self.ranks.share
+                )
+            return answers
+
+        merged = self._merged(answer)
+        answers = {index: merged[index] for index in data.indices}
         folder = self.store.folder / "partial"
         folder.mkdir(exist_ok=True)
         scored = self.evaluate.score(data.task, data, answers, folder)
@@ -258,12 +272,30 @@ class Executor:
 
         loaded, windows = ready.loaded, self._windows(ready, cell)
         done, keep = self._resumed(cell)
-        with finite_outputs(loaded.model, loaded.layout):
-            losses = window_losses(loaded, windows, cell.batch_size, on_progress=keep, done=done)
+
+        def answer() -> dict[str, str]:
+            with finite_outputs(loaded.model, loaded.layout):
+                own = window_losses(loaded, windows, cell.batch_size, keep, done, self.ranks.share)
+            return {index: repr(loss) for index, loss in own.items()}
+
+        merged = self._merged(answer)
+        losses = {str(row): float(merged[str(row)]) for row in range(len(windows))}
         count, length = windows.shape
         metrics = {"perplexity": perplexity(losses), "num_items": float(count), "context_length": float(length)}
         samples = tuple(Sample(index, "", loss) for index, loss in losses.items())
         return Measured(TaskResult(metrics["perplexity"], metrics, samples))
+
+    def _merged(self, answer: Callable[[], dict[str, str]]) -> dict[str, str]:
+        """The answers of all ranks; those of the others count as progress when they arrive."""
+        own: dict[str, str] = {}
+
+        def remember() -> dict[str, str]:
+            own.update(answer())
+            return own
+
+        merged = self.ranks.merge(remember)
+        self.notify(Advanced(len(merged.keys() - own.keys())))
+        return merged
 
     def _probe(self, ready: Ready, cell: Cell) -> Measured:
         from mqbench.harness.probes import PROBES, ProbeContext
@@ -327,8 +359,12 @@ class Executor:
         self.store.write_failure(cell.key, text)
         attention = None if loaded is None else attention_of(loaded)
         record = failure(cell, reason_of(error), _started_at(started), time.perf_counter() - started, attention)
-        self.store.append(record)
-        self.notify(Finished(cell.key, cell.label, None, record.reason))
+        self._store(record)
+
+    def _store(self, record: Record) -> None:
+        if self.ranks.leads:
+            self.store.append(record)
+        self.notify(Finished(record.cell.key, record.cell.label, record.score, record.reason))
 
 
 def image_numbers(data: TaskData) -> list[float]:

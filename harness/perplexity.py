@@ -29,6 +29,7 @@ def window_losses(
     batch_size: int,
     on_progress: OnProgress | None = None,
     done: Mapping[str, str] | None = None,
+    share: Callable[[list[list[int]]], list[list[int]]] = list,
 ) -> dict[str, float]:
     """Mean negative log likelihood of each window, in nats per predicted token.
 
@@ -42,9 +43,10 @@ def window_losses(
         batch_size: Windows per forward pass.
         on_progress: Told about every finished batch.
         done: Losses of an earlier run with the same settings, by window number, as ``on_progress`` got them.
+        share: Of all batches, those to run here.
 
     Returns:
-        Window number ("0", "1", ...) -> loss, in order.
+        Window number ("0", "1", ...) -> loss, in order; windows of batches that run elsewhere are left out.
 
     Raises:
         NonFiniteError: a loss is NaN or Inf.
@@ -54,17 +56,17 @@ def window_losses(
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     kept = done or {}
     losses = {str(index): float(kept[str(index)]) for index in range(len(windows)) if str(index) in kept}
-    for start in range(0, len(windows), batch_size):
-        chunk = windows[start : start + batch_size]
-        indices = [str(start + row) for row in range(len(chunk))]
+    rows = list(range(len(windows)))
+    for batch in share([rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]):
+        indices = [str(row) for row in batch]
         if all(index in losses for index in indices):
             continue
-        new = dict(zip(indices, _batch_losses(loaded, chunk), strict=True))
+        new = dict(zip(indices, _batch_losses(loaded, windows[batch]), strict=True))
         _check_finite(new)
         losses |= new
         if on_progress is not None:
             on_progress({index: repr(loss) for index, loss in new.items()})
-    return {str(index): losses[str(index)] for index in range(len(windows))}
+    return {str(row): losses[str(row)] for row in rows if str(row) in losses}
 
 
 def perplexity(losses: Mapping[str, float]) -> float:

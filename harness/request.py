@@ -25,6 +25,8 @@ TABLE3_BITS = ("w8a8/w4a8", "w4a8/w4a8")
 AUTO = "auto"
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 BACKENDS = (SIMULATED, INTEGER)
+LOCAL, RAY = "local", "ray"
+EXECUTORS = (LOCAL, RAY)
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,7 @@ class Request:
 
     Attributes:
         options: Recipe options by ``KEY`` (every method that knows it) or ``METHOD.KEY``.
+        executor: Who runs groups: worker processes of this machine, or a Ray cluster.
         offload: Transformer blocks wait in host memory and come to the device one at a time.
     """
 
@@ -54,6 +57,7 @@ class Request:
     jobs: int | None = None
     batch_size: int = 16
     offload: bool = False
+    executor: str = LOCAL
 
     @property
     def torch_dtype(self) -> str:
@@ -91,13 +95,19 @@ def check_device(request: Request) -> str:
     """The device's kind.
 
     Raises:
-        UnknownNameError: no such dtype or backend.
+        UnknownNameError: no such dtype, backend or executor.
         RequestError: a number that makes no sense, or a device that torch cannot use.
     """
     if request.dtype not in (AUTO, *DTYPES):
         raise UnknownNameError("dtype", request.dtype, (AUTO, *DTYPES))
     if request.backend not in BACKENDS:
         raise UnknownNameError("backend", request.backend, BACKENDS)
+    if request.executor not in EXECUTORS:
+        raise UnknownNameError("executor", request.executor, EXECUTORS)
+    if request.executor == RAY:
+        from mqbench.harness.ray_run import import_ray
+
+        import_ray()
     for name, value in (("--batch-size", request.batch_size), ("--jobs", request.jobs), ("--limit", request.limit)):
         if value is not None and value < 1:
             raise RequestError(f"{name} must be at least 1, got {value}")

@@ -20,7 +20,8 @@ from typing import Protocol
 from mqbench.harness.estimate import num_threads, num_workers
 from mqbench.harness.execute import EVALUATOR, Advanced, Executor, Finished, failure, now
 from mqbench.harness.plan import Group, Plan
-from mqbench.harness.request import Request
+from mqbench.harness.ranks import Ranks, join_ranks
+from mqbench.harness.request import RAY, Request
 from mqbench.harness.store import RecordStore
 
 MAX_ATTEMPTS = 2
@@ -197,9 +198,17 @@ def run_plan(plan: Plan, view: View, evaluator: str = EVALUATOR) -> Outcome:
     Raises:
         KeyboardInterrupt: the user stopped it; workers are gone, finished cells are stored.
     """
-    RecordStore(plan.request.out).remove_leftovers()
+    ranks = join_ranks()
+    if ranks.leads:
+        RecordStore(plan.request.out).remove_leftovers()
     if not plan.groups:
         return Outcome(())
+    if ranks.size > 1:
+        return Outcome(_run_as_rank(plan, view, evaluator, ranks))
+    if plan.request.executor == RAY:
+        from mqbench.harness.ray_run import run_on_ray
+
+        return Outcome(run_on_ray(plan, view, evaluator, MAX_ATTEMPTS))
     pool = _Pool(plan, view, evaluator)
     completed = False
     try:
@@ -208,6 +217,25 @@ def run_plan(plan: Plan, view: View, evaluator: str = EVALUATOR) -> Outcome:
     finally:
         pool.stop(kill=not completed)
     return Outcome(tuple(pool.finished.values()))
+
+
+def _run_as_rank(plan: Plan, view: View, evaluator: str, ranks: Ranks) -> tuple[Finished, ...]:
+    """Runs every group in this process, together with the other ranks."""
+    finished = []
+
+    def tell(message: Advanced | Finished) -> None:
+        if isinstance(message, Advanced):
+            view.advance(message.amount)
+        else:
+            finished.append(message)
+            view.finish(message)
+
+    ranks.meet()  # everybody has planned before anybody stores
+    executor = Executor(plan.request, ranks.device(plan.request.device), tell, evaluator, ranks)
+    for group in plan.groups:
+        executor.run_group(group)
+    ranks.meet()
+    return tuple(finished)
 
 
 def worker_devices(device: str, count: int) -> Sequence[str]:

@@ -39,7 +39,7 @@ ALLOWED = {
 # Import name -> name in pyproject.toml, where they differ.
 DISTRIBUTIONS = {"PIL": "pillow", "vlmeval": "ms-vlmeval", "huggingface_hub": "huggingface-hub"}
 # Used when they can be imported, never required.
-OPTIONAL = {"fast_hadamard_transform", "gemlite", "torchao", "triton"}
+OPTIONAL = {"fast_hadamard_transform", "gemlite", "ray", "torchao", "triton"}
 
 MODULE_NAME = re.compile(r"[a-z_]\w*(\.\w+)*")
 

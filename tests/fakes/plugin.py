@@ -126,11 +126,18 @@ def calibration_prompts(calibration: Any, family: str) -> list[tuple[str, str]]:
 
 
 def evaluate_task(
-    loaded: LoadedModel, adapter: Any, task: Any, data: Any, batch_size: int, on_progress: Any, done: Mapping[str, str]
+    loaded: LoadedModel,
+    adapter: Any,
+    task: Any,
+    data: Any,
+    batch_size: int,
+    on_progress: Any,
+    done: Mapping[str, str],
+    share: Any,
 ) -> dict[str, str]:
     messages = [row["question"] for row in data.rows()]
     answers = {index: done[index] for index in data.indices if index in done}
-    for batch in make_batches(messages, batch_size):
+    for batch in share(make_batches(messages, batch_size)):
         if all(data.indices[row] in answers for row in batch):
             continue
         where = f"{loaded.model.method}-{task.name}"
@@ -145,7 +152,7 @@ def evaluate_task(
         new = {data.indices[row]: text for row, text in zip(batch, texts, strict=True)}
         answers |= new
         on_progress(new)
-    return {index: answers[index] for index in data.indices}
+    return {index: answers[index] for index in data.indices if index in answers}
 
 
 def prompts_sha256(task: Any, data: Any, family: str) -> str:
