@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from mqbench.harness.quant.layout import Layout, NormKind, Part
 from mqbench.harness.quant.scheme import QuantArgs, Scheme, Strategy
+from mqbench.harness.runtime.coverage import final_norm
 from mqbench.harness.runtime.linears import Float8Linear, FloatLinear, IntegerLinear, RuntimeLinear, WeightOnlyLinear
 from mqbench.harness.runtime.parts import GEMM_PARTS, LLM_GEMM
 from mqbench.harness.runtime.pointwise import RowNorm
@@ -80,7 +81,7 @@ class RandomSource:
     ) -> None:
         self.model, self.layout, self.system, self.rows = model, layout, system, rows
         self.device, self.dtype, self.values, self.device_map = device, dtype, values, device_map
-        head: Any = model.get_submodule(layout.text.final_norm.readers[0])
+        head: Any = model.get_submodule(final_norm(layout.text).readers[0])
         self._is_tied = self._embedding.weight is head.weight
         self.transformed = {block.mlp_out for tower in layout.towers for block in tower.blocks if system.hadamard}
 
