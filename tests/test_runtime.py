@@ -108,6 +108,24 @@ def test_turns_and_steps_in_between_match_one_long_pass(order: Order) -> None:
         runtime.reset()
 
 
+def test_float_systems_agree_over_turns() -> None:
+    """Transformers' own model and cache beside the runtime's blocks and cache."""
+    found = []
+    for name in ("bf16-eager", "bf16-graph"):
+        loaded, batch = quantized_tiny("none", "float")
+        more = tiny_batch(loaded.model, num_images=1, batch_size=3, seed=11)
+        runtime = runtime_of(loaded, SYSTEMS[name])
+        runtime.reserve(3, 100)
+        logits = [runtime.prefill(runtime.prepare(RuntimeInputs.from_batch(batch))).clone()]
+        logits += [
+            runtime.decode(torch.tensor([5, 6, 7])).clone(),
+            runtime.prefill(RuntimeInputs.from_batch(more)).clone(),
+        ]
+        logits += [runtime.decode(torch.tensor([8, 9, 10]))]
+        found.append(torch.stack(logits))
+    torch.testing.assert_close(found[1], found[0], **EXACT)
+
+
 def mquant_system(order: Order) -> System:
     return replace(SYSTEMS["mquant-w4a8"], bits="w8a8/w4a8", order=order)
 

@@ -46,6 +46,7 @@ def test_what_cannot_run_in_integers(bits: str, options: dict[str, Any], message
     [
         ("mquant-w4a8", r"runs 'model.visual.patch_embed.proj' as w4a8 per tensor, but the model has w8a8 per tensor"),
         ("w8a8-token", r"as w8a8 per token, but the model has w8a8 per tensor; quantize it for that system"),
+        ("bf16-eager", r"as float, but the model has w8a8 per tensor"),
         ("bf16-graph", r"as float, but the model has w8a8 per tensor"),
         ("fp8-token", r"cannot run on cpu: needs float8 tensor cores; run it on a GPU"),
     ],

@@ -30,6 +30,7 @@ class FakeCuda:
             "Stream": stream,
             "current_stream": stream,
             "stream": lambda stream: nullcontext(),
+            "device": lambda device: nullcontext(),
             "graph_pool_handle": lambda: (0, 1),
             "graph": self.graph,
             "memory_snapshot": lambda: [
