@@ -61,6 +61,10 @@ Options = Annotated[
     typer.Option("--set", help="KEY=VALUE or METHOD.KEY=VALUE, repeatable; see 'mqbench methods --options METHOD'."),
 ]
 Jobs = Annotated[int | None, typer.Option(help="Worker processes; by default one per core, or per GPU.")]
+TrustRemoteCode = Annotated[
+    bool,
+    typer.Option("--trust-remote-code", help="Let models that need it run Python code from their own files."),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the records as JSON instead of a table.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="List the cells and estimates, run nothing.")]
 Out = Annotated[Path, typer.Option(help="Folder of records.jsonl; a later run with the same folder resumes.")]
@@ -91,6 +95,7 @@ def evaluate(
     models_dir: ModelsDir = None,
     jobs: Jobs = None,
     batch_size: BatchSize = 16,
+    trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
     dry_run: DryRun = False,
 ) -> None:
@@ -131,6 +136,7 @@ def evaluate(
         models_dir=models_dir,
         jobs=jobs,
         batch_size=batch_size,
+        trust_remote_code=trust_remote_code,
     )
     if not run_eval(request, as_json=as_json, dry_run=dry_run):
         raise typer.Exit(EXIT_FAILED_CELLS)
@@ -146,6 +152,7 @@ def run(
     models_dir: ModelsDir = None,
     jobs: Jobs = None,
     batch_size: BatchSize = 16,
+    trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
     dry_run: DryRun = False,
 ) -> None:
@@ -171,6 +178,7 @@ def run(
         models_dir=models_dir,
         jobs=jobs,
         batch_size=batch_size,
+        trust_remote_code=trust_remote_code,
     )
     if not run_plan_file(plan, base, as_json=as_json, dry_run=dry_run):
         raise typer.Exit(EXIT_FAILED_CELLS)
@@ -318,6 +326,7 @@ def quantize(
     data_dir: DataDir = None,
     models_dir: ModelsDir = None,
     batch_size: BatchSize = 16,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Quantize one model and save it; 'mqbench eval --models DIR' takes the folder.
 
@@ -343,6 +352,7 @@ def quantize(
         data_dir=data_dir,
         models_dir=models_dir,
         batch_size=batch_size,
+        trust_remote_code=trust_remote_code,
     )
     run_quantize(request, out)
 

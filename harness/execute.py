@@ -20,7 +20,7 @@ from mqbench.harness.plan import Group
 from mqbench.harness.record import CalibrationInfo, Cell, Record, Sample, Status
 from mqbench.harness.request import Request
 from mqbench.harness.select import FLOAT_METHOD
-from mqbench.harness.sources import current_hash
+from mqbench.harness.sources import current_hash, remote_code
 from mqbench.harness.store import RecordStore
 from mqbench.harness.tasks import Needs, TaskKind, TaskResult, task_info
 
@@ -156,11 +156,12 @@ class Executor:
             raise MissingWeightsError(f"'{source.weights}' changed while the run was under way; run again")
         adapter = discover.find_model(source.model)
         dtype = getattr(torch, self.request.torch_dtype)
+        trusted = {"trust_remote_code": True} if remote_code(adapter) and self.request.trust_remote_code else {}
         if not self.request.offload:
-            return adapter.load(group.source.weights, self.device, dtype)
+            return adapter.load(group.source.weights, self.device, dtype, **trusted)
         from mqbench.harness.quant.offload import HOST, BlockOffload
 
-        loaded = adapter.load(group.source.weights, str(HOST), dtype)
+        loaded = adapter.load(group.source.weights, str(HOST), dtype, **trusted)
         BlockOffload(loaded.model, loaded.layout, torch.device(self.device))
         return loaded
 

@@ -34,6 +34,7 @@ class Request:
     Attributes:
         options: Recipe options by ``KEY`` (every method that knows it) or ``METHOD.KEY``.
         offload: Transformer blocks wait in host memory and come to the device one at a time.
+        trust_remote_code: Models that need it may run code from their own files.
     """
 
     models: tuple[str, ...] = ("all",)
@@ -54,6 +55,7 @@ class Request:
     jobs: int | None = None
     batch_size: int = 16
     offload: bool = False
+    trust_remote_code: bool = False
 
     @property
     def torch_dtype(self) -> str:
