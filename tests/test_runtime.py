@@ -65,6 +65,21 @@ def test_same_logits_and_tokens_by_every_way(method: str, bits: str, options: di
     assert torch.equal(generated(loaded.model, batch, NEW_TOKENS, cache_implementation="static"), tokens)
 
 
+@pytest.mark.parametrize(("dtype", "largest"), [(torch.float32, 1e-5), (torch.bfloat16, 0.02)])
+@pytest.mark.parametrize(
+    ("method", "options"), [("mquant", {"rms_rule": "any"}), ("mquant", {"activations": "token"}), ("rtn", {})]
+)
+def test_in_lower_precision_rounding_is_all_that_differs(
+    method: str, options: dict[str, Any], dtype: torch.dtype, largest: float
+) -> None:
+    """In float32 a single activation that fell on the other side of a level would show."""
+    loaded, batch = quantized_tiny(method, "w8a8/w4a8", dtype, **options)
+    expected = all_logits(loaded.model, batch)[:, -1].float()
+    runtime = runtime_of(loaded)
+    for found in (runtime.prefill(RuntimeInputs.from_batch(batch)), all_logits(loaded.model, batch)[:, -1]):
+        assert (found.float() - expected).norm() <= largest * expected.norm()
+
+
 def steps_of(loaded: LoadedModel, batch: dict[str, Tensor], tokens: Tensor) -> Tensor:
     """Logits behind each decoded token, from whole passes without a cache."""
     rows = len(batch["input_ids"])
