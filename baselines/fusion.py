@@ -51,16 +51,17 @@ def map_reader(session: Session, reader: Reader, function: VectorMap) -> None:
 
 
 def map_writer(session: Session, name: str, function: VectorMap) -> None:
-    """``map_output`` for a module, or, where ``name`` is a parameter's, its last dimension."""
+    """``map_output`` for a module, or, where ``name`` is a parameter's or buffer's, its last dimension."""
     parent, _, attribute = name.rpartition(".")
     owner = session.model.get_submodule(parent)
     own = getattr(owner, attribute, None)
     if isinstance(own, nn.Module):
         map_output(own, function)
     elif isinstance(own, Tensor):
-        set_parameter(owner, attribute, map_rows(own.reshape(-1, own.shape[-1]), function).reshape(own.shape))
+        mapped = map_rows(own.reshape(-1, own.shape[-1]), function).reshape(own.shape)
+        setattr(owner, attribute, nn.Parameter(mapped, False) if isinstance(own, nn.Parameter) else mapped)
     else:
-        raise LayoutError(f"'{name}' is neither a module nor a parameter, so it cannot write a residual stream")
+        raise LayoutError(f"'{name}' is neither a module nor a tensor, so it cannot write a residual stream")
 
 
 def map_output(module: nn.Module, function: VectorMap) -> None:

@@ -61,6 +61,18 @@ Options = Annotated[
     typer.Option("--set", help="KEY=VALUE or METHOD.KEY=VALUE, repeatable; see 'mqbench methods --options METHOD'."),
 ]
 Jobs = Annotated[int | None, typer.Option(help="Worker processes; by default one per core, or per GPU.")]
+TrustRemoteCode = Annotated[
+    bool,
+    typer.Option("--trust-remote-code", help="Let models that need it run Python code from their own files."),
+]
+Executor = Annotated[
+    str,
+    typer.Option(help="local: worker processes; ray: the cluster of RAY_ADDRESS. Under torchrun, ranks share rows."),
+]
+Offload = Annotated[
+    bool,
+    typer.Option("--offload", help="Keep transformer blocks in host memory; one at a time comes to the GPU."),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the records as JSON instead of a table.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="List the cells and estimates, run nothing.")]
 Out = Annotated[Path, typer.Option(help="Folder of records.jsonl; a later run with the same folder resumes.")]
@@ -91,6 +103,9 @@ def evaluate(
     models_dir: ModelsDir = None,
     jobs: Jobs = None,
     batch_size: BatchSize = 16,
+    executor: Executor = "local",
+    offload: Offload = False,
+    trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
     dry_run: DryRun = False,
 ) -> None:
@@ -131,6 +146,9 @@ def evaluate(
         models_dir=models_dir,
         jobs=jobs,
         batch_size=batch_size,
+        executor=executor,
+        offload=offload,
+        trust_remote_code=trust_remote_code,
     )
     if not run_eval(request, as_json=as_json, dry_run=dry_run):
         raise typer.Exit(EXIT_FAILED_CELLS)
@@ -146,6 +164,9 @@ def run(
     models_dir: ModelsDir = None,
     jobs: Jobs = None,
     batch_size: BatchSize = 16,
+    executor: Executor = "local",
+    offload: Offload = False,
+    trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
     dry_run: DryRun = False,
 ) -> None:
@@ -171,6 +192,9 @@ def run(
         models_dir=models_dir,
         jobs=jobs,
         batch_size=batch_size,
+        executor=executor,
+        offload=offload,
+        trust_remote_code=trust_remote_code,
     )
     if not run_plan_file(plan, base, as_json=as_json, dry_run=dry_run):
         raise typer.Exit(EXIT_FAILED_CELLS)
@@ -318,6 +342,7 @@ def quantize(
     data_dir: DataDir = None,
     models_dir: ModelsDir = None,
     batch_size: BatchSize = 16,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Quantize one model and save it; 'mqbench eval --models DIR' takes the folder.
 
@@ -343,6 +368,7 @@ def quantize(
         data_dir=data_dir,
         models_dir=models_dir,
         batch_size=batch_size,
+        trust_remote_code=trust_remote_code,
     )
     run_quantize(request, out)
 

@@ -21,7 +21,7 @@ from mqbench.harness.ranks import Ranks
 from mqbench.harness.record import CalibrationInfo, Cell, Record, Sample, Status
 from mqbench.harness.request import Request
 from mqbench.harness.select import FLOAT_METHOD
-from mqbench.harness.sources import current_hash
+from mqbench.harness.sources import current_hash, remote_code
 from mqbench.harness.store import RecordStore
 from mqbench.harness.tasks import Needs, TaskKind, TaskResult, task_info
 
@@ -148,7 +148,10 @@ class Executor:
         import torch
 
         if group.source.quantized is not None:
-            return self._load_quantized(loaded, group)
+            report = self._load_quantized(loaded, group)
+            self._offload(loaded)
+            return report
+        self._offload(loaded)
         if group.recipe.method == FLOAT_METHOD:
             return None
         torch.manual_seed(group.recipe.seed)
@@ -165,13 +168,18 @@ class Executor:
             raise MissingWeightsError(f"'{source.weights}' changed while the run was under way; run again")
         adapter = discover.find_model(source.model)
         dtype = getattr(torch, self.request.torch_dtype)
-        if not self.request.offload:
-            return adapter.load(group.source.weights, self.device, dtype)
-        from mqbench.harness.quant.offload import HOST, BlockOffload
+        trusted = {"trust_remote_code": True} if remote_code(adapter) and self.request.trust_remote_code else {}
+        device = "cpu" if self.request.offload else self.device
+        return adapter.load(group.source.weights, device, dtype, **trusted)
 
-        loaded = adapter.load(group.source.weights, str(HOST), dtype)
-        BlockOffload(loaded.model, loaded.layout, torch.device(self.device))
-        return loaded
+    def _offload(self, loaded: LoadedModel) -> None:
+        """From now on blocks come to this worker's device one at a time, where that was asked for."""
+        if self.request.offload:
+            import torch
+
+            from mqbench.harness.quant.offload import BlockOffload
+
+            BlockOffload(loaded.model, loaded.layout, torch.device(self.device))
 
     def _load_quantized(self, loaded: LoadedModel, group: Group) -> QuantReport:
         from mqbench.harness.quant.serialize import load_quantized

@@ -45,7 +45,7 @@ def export(request: Request, folder: Path, say: Callable[[str], None]) -> Export
     recipe = recipes_of(request, [method], resolve_bits(request.bits))[0]
     check_device(request)
     _check_folder(folder)
-    source = float_source(discover.find_model(request.models[0]), request.models_dir)
+    source = float_source(discover.find_model(request.models[0]), request.models_dir, request.trust_remote_code)
     inputs = Inputs(request)
     info = inputs.calibration(source) if needs_data(method, recipe) else None
     executor = Executor(request, request.device, notify=lambda _: None)

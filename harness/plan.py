@@ -104,7 +104,7 @@ def expand_all(requests: Sequence[Request]) -> Plan:
     num_rows: dict[str, int] = {}
     missing: dict[str, str] = {}
     for one in wanted:
-        sources = find_sources(one.request.models, one.request.models_dir)
+        sources = find_sources(one.request.models, one.request.models_dir, one.request.trust_remote_code)
         missing |= sources.missing
         for group in _groups_of_request(one, sources, num_rows):
             _merge(groups, group)

@@ -37,6 +37,7 @@ class Request:
         options: Recipe options by ``KEY`` (every method that knows it) or ``METHOD.KEY``.
         executor: Who runs groups: worker processes of this machine, or a Ray cluster.
         offload: Transformer blocks wait in host memory and come to the device one at a time.
+        trust_remote_code: Models that need it may run code from their own files.
     """
 
     models: tuple[str, ...] = ("all",)
@@ -58,6 +59,7 @@ class Request:
     batch_size: int = 16
     offload: bool = False
     executor: str = LOCAL
+    trust_remote_code: bool = False
 
     @property
     def torch_dtype(self) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mqbench.harness import discover
-from mqbench.harness.errors import MissingWeightsError, NonFiniteError
+from mqbench.harness.errors import MissingWeightsError, NonFiniteError, RequestError
 from mqbench.harness.fingerprint import combined_hash, folder_bytes, folder_hash
 from mqbench.harness.quant.scheme import Recipe
 from mqbench.harness.record import CalibrationInfo
@@ -95,18 +95,28 @@ class Sources:
     missing: dict[str, str]
 
 
-def find_sources(names: Sequence[str], models_dir: Path | None) -> Sources:
+def find_sources(names: Sequence[str], models_dir: Path | None, trust_remote_code: bool = False) -> Sources:
     """Resolves registered names, ``all`` and folders of quantized models.
+
+    Args:
+        names: What was asked for.
+        models_dir: The user's folder of weights.
+        trust_remote_code: Models that need code from their own files may run it.
 
     Raises:
         UnknownNameError: neither a registered model nor a folder.
         MissingWeightsError: a model asked for by name, or every one, lacks its weights.
         NonFiniteError: a weight is NaN or Inf.
+        RequestError: a model asked for by name needs remote code, which is not trusted.
     """
     found: dict[tuple[str, Path | None], Source] = {}
     missing: dict[str, str] = {}
     for name in names:
-        for source in _all_sources(models_dir, missing) if name == ALL else _named_sources(name, models_dir):
+        for source in (
+            _all_sources(models_dir, trust_remote_code, missing)
+            if name == ALL
+            else _named_sources(name, models_dir, trust_remote_code)
+        ):
             key = source.model, source.quantized
             if key not in found or found[key].only_baseline:
                 found[key] = source
@@ -118,7 +128,7 @@ def find_sources(names: Sequence[str], models_dir: Path | None) -> Sources:
     return Sources(tuple(found.values()), missing)
 
 
-def _all_sources(models_dir: Path | None, missing: dict[str, str]) -> list[Source]:
+def _all_sources(models_dir: Path | None, trust_remote_code: bool, missing: dict[str, str]) -> list[Source]:
     found = []
     registry = discover.all_models()
     missing |= {f"broken plug-in {number}": str(error) for number, error in enumerate(registry.broken, start=1)}
@@ -126,20 +136,22 @@ def _all_sources(models_dir: Path | None, missing: dict[str, str]) -> list[Sourc
         weights = adapter.find_weights(models_dir)
         if weights is None:
             missing[name] = adapter.how_to_get
+        elif remote_code(adapter) and not trust_remote_code:
+            missing[name] = _distrusted(adapter)
         else:
             found.append(_float_source(name, weights))
     return found
 
 
-def _named_sources(name: str, models_dir: Path | None) -> list[Source]:
+def _named_sources(name: str, models_dir: Path | None, trust_remote_code: bool) -> list[Source]:
     """The model, or the quantized model in a folder preceded by its float baseline."""
     if not is_quantized_folder(Path(name)):
-        return [float_source(discover.find_model(name), models_dir)]
+        return [float_source(discover.find_model(name), models_dir, trust_remote_code)]
     from mqbench.harness.quant.serialize import read_saved
 
     folder = Path(name)
     saved = read_saved(folder)
-    base = float_source(discover.find_model(saved.base_model), models_dir)
+    base = float_source(discover.find_model(saved.base_model), models_dir, trust_remote_code)
     _check_finite(folder)
     provenance = Provenance.read(folder)
     sha256 = current_hash(base.weights, folder)
@@ -151,17 +163,32 @@ def is_quantized_folder(folder: Path) -> bool:
     return folder.is_dir() and (folder / PROVENANCE_FILE).is_file()
 
 
-def float_source(adapter: ModelAdapter, models_dir: Path | None) -> Source:
+def float_source(adapter: ModelAdapter, models_dir: Path | None, trust_remote_code: bool = False) -> Source:
     """A registered model's weights.
 
     Raises:
         MissingWeightsError: they were not found.
+        RequestError: the model needs remote code, which is not trusted.
         NonFiniteError: one is NaN or Inf.
     """
     weights = adapter.find_weights(models_dir)
     if weights is None:
         raise MissingWeightsError(f"weights of '{adapter.name}' were not found; {adapter.how_to_get}")
+    if remote_code(adapter) and not trust_remote_code:
+        raise RequestError(_distrusted(adapter))
     return _float_source(adapter.name, weights)
+
+
+def remote_code(adapter: ModelAdapter) -> str | None:
+    """What of a model is code among its own files (``tokenizer``) that a user must allow; None for most models."""
+    return getattr(adapter, "needs_remote_code", None)
+
+
+def _distrusted(adapter: ModelAdapter) -> str:
+    return (
+        f"the {remote_code(adapter)} of '{adapter.name}' is Python code among the model's files; read it, then pass "
+        "--trust-remote-code to let it run"
+    )
 
 
 def current_hash(weights: Path, quantized: Path | None = None) -> str:

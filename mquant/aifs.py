@@ -28,6 +28,9 @@ from mqbench.harness.quant.session import Session
 MASKED_ATTENTION = ("sdpa", "eager", QUANTIZED_KV_ATTENTION)
 """Attention implementations that take an arbitrary mask."""
 
+TOKEN_TYPES = "token_type_ids"
+"""Argument of a decoder with experts, (B, T): which of them each token takes. It moves with the tokens."""
+
 
 def reorder_tokens(session: Session) -> None:
     """Step: from now on the LLM processes visual tokens first. Outputs are those of the unreordered model."""
@@ -37,9 +40,9 @@ def reorder_tokens(session: Session) -> None:
 def enable_aifs(model: nn.Module, layout: Layout, context: ModalityContext) -> Hooks:
     """Wraps the LLM decoder so that every chunk with visual tokens runs reordered.
 
-    Embeddings, position ids (all rows of M-RoPE), mask and ``context.visual`` are permuted on the way in, and hidden
-    states come back in the original order, so callers, logits and ``generate`` notice nothing. Attention maps, when
-    asked for, stay in the reordered basis. Chunks without visual tokens (decoding steps) pass untouched.
+    Embeddings, position ids (all rows of M-RoPE), token types, mask and ``context.visual`` are permuted on the way in,
+    and hidden states come back in the original order, so callers, logits and ``generate`` notice nothing. Attention
+    maps, when asked for, stay in the reordered basis. Chunks without visual tokens (decoding steps) pass untouched.
 
     Args:
         model: The root; ``track_modality`` must run on it with the same ``context``.
@@ -125,6 +128,8 @@ class _TokenSwitch:
         inputs["inputs_embeds"] = _select_tokens(embeds, self.order)
         inputs["position_ids"] = _permuted_positions(inputs.get("position_ids"), self.order, past)
         inputs["attention_mask"] = _additive(mask, embeds.dtype) if self.additive else mask
+        if inputs.get(TOKEN_TYPES) is not None:
+            inputs[TOKEN_TYPES] = inputs[TOKEN_TYPES].gather(1, self.order)
         return (), inputs
 
     def restore(self, _: nn.Module, args: Any, output: Any) -> Any:

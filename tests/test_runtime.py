@@ -65,6 +65,21 @@ def test_same_logits_and_tokens_by_every_way(method: str, bits: str, options: di
     assert torch.equal(generated(loaded.model, batch, NEW_TOKENS, cache_implementation="static"), tokens)
 
 
+@pytest.mark.parametrize(("dtype", "largest"), [(torch.float32, 1e-5), (torch.bfloat16, 0.02)])
+@pytest.mark.parametrize(
+    ("method", "options"), [("mquant", {"rms_rule": "any"}), ("mquant", {"activations": "token"}), ("rtn", {})]
+)
+def test_in_lower_precision_rounding_is_all_that_differs(
+    method: str, options: dict[str, Any], dtype: torch.dtype, largest: float
+) -> None:
+    """In float32 a single activation that fell on the other side of a level would show."""
+    loaded, batch = quantized_tiny(method, "w8a8/w4a8", dtype, **options)
+    expected = all_logits(loaded.model, batch)[:, -1].float()
+    runtime = runtime_of(loaded)
+    for found in (runtime.prefill(RuntimeInputs.from_batch(batch)), all_logits(loaded.model, batch)[:, -1]):
+        assert (found.float() - expected).norm() <= largest * expected.norm()
+
+
 def steps_of(loaded: LoadedModel, batch: dict[str, Tensor], tokens: Tensor) -> Tensor:
     """Logits behind each decoded token, from whole passes without a cache."""
     rows = len(batch["input_ids"])
@@ -106,6 +121,24 @@ def test_turns_and_steps_in_between_match_one_long_pass(order: Order) -> None:
         found += [runtime.decode(column).clone() for column in tail.T]
         torch.testing.assert_close(torch.stack(found, 1), steps, **EXACT)
         runtime.reset()
+
+
+def test_float_systems_agree_over_turns() -> None:
+    """Transformers' own model and cache beside the runtime's blocks and cache."""
+    found = []
+    for name in ("bf16-eager", "bf16-graph"):
+        loaded, batch = quantized_tiny("none", "float")
+        more = tiny_batch(loaded.model, num_images=1, batch_size=3, seed=11)
+        runtime = runtime_of(loaded, SYSTEMS[name])
+        runtime.reserve(3, 100)
+        logits = [runtime.prefill(runtime.prepare(RuntimeInputs.from_batch(batch))).clone()]
+        logits += [
+            runtime.decode(torch.tensor([5, 6, 7])).clone(),
+            runtime.prefill(RuntimeInputs.from_batch(more)).clone(),
+        ]
+        logits += [runtime.decode(torch.tensor([8, 9, 10]))]
+        found.append(torch.stack(logits))
+    torch.testing.assert_close(found[1], found[0], **EXACT)
 
 
 def mquant_system(order: Order) -> System:

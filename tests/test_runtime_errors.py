@@ -13,10 +13,13 @@ from fakes.tiny_llama import tiny_config as llama_config
 from fakes.tiny_qwen2_vl import tiny_config
 from mqbench.harness.errors import LayoutError, RequestError, UnknownNameError
 from mqbench.harness.models.adapter import LoadedModel
+from mqbench.harness.models.qwen2_vl import qwen2_vl_layout
+from mqbench.harness.quant.layout import Attention, Norm, NormPlace
 from mqbench.harness.quant.linear import QuantLinear
 from mqbench.harness.runtime import systems
 from mqbench.harness.runtime.build import build_runtime
 from mqbench.harness.runtime.convert import runtime_of
+from mqbench.harness.runtime.coverage import check_covered
 from mqbench.harness.runtime.interface import RuntimeInputs
 from mqbench.harness.runtime.systems import SYSTEMS, System
 
@@ -43,6 +46,7 @@ def test_what_cannot_run_in_integers(bits: str, options: dict[str, Any], message
     [
         ("mquant-w4a8", r"runs 'model.visual.patch_embed.proj' as w4a8 per tensor, but the model has w8a8 per tensor"),
         ("w8a8-token", r"as w8a8 per token, but the model has w8a8 per tensor; quantize it for that system"),
+        ("bf16-eager", r"as float, but the model has w8a8 per tensor"),
         ("bf16-graph", r"as float, but the model has w8a8 per tensor"),
         ("fp8-token", r"cannot run on cpu: needs float8 tensor cores; run it on a GPU"),
     ],
@@ -71,8 +75,40 @@ def test_a_family_that_nobody_declared() -> None:
 
 def test_sliding_windows() -> None:
     config = llama_config("qwen2", use_sliding_window=True, sliding_window=4, max_window_layers=0)
-    with pytest.raises(LayoutError, match="has sliding-window attention, which the runtime does not have"):
+    with pytest.raises(LayoutError, match="'llama' has sliding-window attention, which the runtime does not have"):
         build_runtime(config, SYSTEMS["bf16-graph"], device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("changes", "missing"),
+    [
+        ({"norm_place": NormPlace.POST}, r"norms behind its branches \(vision\)"),
+        ({"entry_norm": "x"}, r"a norm before its first block \(vision\)"),
+        ({"final_norm": None}, r"readers of the bare residual stream \(vision\)"),
+        ({"final_norm": Norm("x", ("y",), joint=True)}, "a projector other than norm, linear, activation, linear"),
+    ],
+)
+def test_what_blocks_do_not_compute(changes: dict[str, Any], missing: str) -> None:
+    layout = qwen2_vl_layout(tiny_config())
+    assert layout.vision is not None
+    with pytest.raises(LayoutError, match=f"'qwen2_vl' has {missing}, which the runtime does not have; take"):
+        check_covered(replace(layout, vision=replace(layout.vision, **changes)), tiny_config().text_config)
+
+
+@pytest.mark.parametrize(
+    ("changes", "missing"),
+    [
+        ({"mlp_scale": "x"}, "LayerScale"),
+        ({"experts": qwen2_vl_layout(tiny_config()).text.blocks[0].paths}, "experts"),
+        ({"attention": Attention("v", (0, 8), "o", 8, 6, 2, value_period=32)}, "interleaved queries, keys and values"),
+    ],
+)
+def test_what_an_llm_block_does_not_compute(changes: dict[str, Any], missing: str) -> None:
+    layout = qwen2_vl_layout(tiny_config())
+    first = replace(layout.text.blocks[0], **changes)
+    text = replace(layout.text, blocks=(first, *layout.text.blocks[1:]))
+    with pytest.raises(LayoutError, match=rf"'qwen2_vl' has {missing} \(text\), which the runtime does not have"):
+        check_covered(replace(layout, text=text), tiny_config().text_config)
 
 
 def test_a_device_map_with_a_wrong_name() -> None:

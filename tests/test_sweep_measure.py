@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fakes.sweep_runtime import FakeDevice
+from fakes.sweep_runtime import FakeDevice, PlainMemory
 from mqbench.harness.bench.worker import DeviceLost
 from mqbench.harness.sweep import measure as measure_module
 from mqbench.harness.sweep.device import HostClock, Watched, watched_of
@@ -23,19 +23,6 @@ EAGER, GRAPH, TOKEN, MQUANT = "bf16-eager", "bf16-graph", "w4a8-token", "mquant-
 SYSTEMS = (EAGER, GRAPH, TOKEN, MQUANT)
 SETTINGS = Settings("cpu", "float32", 0, find_sweep_model("standin-qwen2-vl", None, {}))
 SHAPE = Shape(56, decode_tokens=3)
-
-
-class PlainMemory:
-    """Watches nothing: the profiler takes long, and has a test of its own."""
-
-    def watch(self, work):  # type: ignore[no-untyped-def]
-        return work(), Watched(7, 5)
-
-    def used_bytes(self) -> int | None:
-        return 123
-
-    def release(self) -> None:
-        pass
 
 
 @pytest.fixture(autouse=True)

@@ -36,6 +36,10 @@ class ModelAdapter(Protocol):
         how_to_get: One line for users who lack the weights.
         max_new_tokens: Longest answer in tokens, where benchmarks allow more; None, or left out, for the benchmarks'
             own limit.
+
+    A model whose files hold Python code that must run says so in one more attribute, ``needs_remote_code``: what that
+    code is (``"tokenizer"``). Its ``load`` then takes ``trust_remote_code=True``, and is only called when the user
+    passed ``--trust-remote-code``.
     """
 
     name: str

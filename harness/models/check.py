@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from types import MappingProxyType
@@ -16,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from mqbench.harness import discover
 from mqbench.harness.errors import LayoutError, MQBenchError
@@ -189,7 +191,27 @@ def _runs(family: Family, method: Any, bits: str) -> str:
 @torch.no_grad()
 def outputs(model: nn.Module, batch: Batch) -> Tensor:
     """Logits at the tokens that are not padding, (tokens, vocabulary)."""
-    return model(**batch).logits[batch["attention_mask"].bool()]
+    is_float64 = next(model.parameters()).dtype == torch.float64
+    with KeepFloat64() if is_float64 else nullcontext():
+        return model(**batch).logits[batch["attention_mask"].bool()]
+
+
+class KeepFloat64(TorchFunctionMode):
+    """Whoever asks for float32 gets float64.
+
+    Transformers rotates queries and keys of vision towers in float32, whatever the dtype, which turns a difference of
+    1e-16 into one of 1e-7: no invariance could be checked to 1e-9.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.float:
+            return args[0].double()
+        named = {key: _wide(value) for key, value in (kwargs or {}).items()}
+        return func(*map(_wide, args), **named)
+
+
+def _wide(value: Any) -> Any:
+    return torch.float64 if value is torch.float32 else value
 
 
 def _tiny(family: Family, dtype: torch.dtype) -> tuple[nn.Module, Batch]:

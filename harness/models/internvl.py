@@ -89,6 +89,7 @@ def _config(vision: Mapping[str, Any], text: Mapping[str, Any], image_token_id: 
         vision_config=InternVLVisionConfig(**vision, use_mean_pooling=True, use_qk_norm=False),
         text_config=Qwen2Config(**text),
         image_token_id=image_token_id,
+        tie_word_embeddings=False,
     )
     config._attn_implementation = "sdpa"
     return config
@@ -132,18 +133,16 @@ INTERNVIT_300M = MappingProxyType(
         "patch_size": (14, 14),
     }
 )
-QWEN2 = MappingProxyType(
+SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+QWEN2: Mapping[str, tuple[int, ...]] = MappingProxyType(
     {
-        "internvl3-8b": {
-            "hidden_size": 3584,
-            "intermediate_size": 18944,
-            "num_hidden_layers": 28,
-            "num_attention_heads": 28,
-            "num_key_value_heads": 4,
-            "vocab_size": 151674,
-        }
+        "internvl3-1b": (896, 4864, 24, 14, 2),
+        "internvl3-2b": (1536, 8960, 28, 12, 2),
+        "internvl3-8b": (3584, 18944, 28, 28, 4),
     }
 )
+"""LLMs of the released checkpoints with InternViT-300M; embeddings and head are separate at every size."""
+VOCABULARY = 151674
 IMAGE_ID = 151667
 
 
@@ -153,11 +152,16 @@ def _tiny_inputs(model: nn.Module, generator: torch.Generator) -> Batch:
     return batch | {"pixel_values": random_pixels(model, (sum(counts), 3, 32, 32), generator)}
 
 
+def _released_config(name: str) -> Any:
+    text = dict(zip(SIZES, QWEN2[name], strict=True)) | {"vocab_size": VOCABULARY}
+    return _config(INTERNVIT_300M, text, IMAGE_ID)
+
+
 FAMILY = Family(
     name=FAMILY_NAME,
     build=_build,
     layout=internvl_layout,
     tiny_config=lambda: _config(TINY_VISION, TINY_TEXT, TINY_IMAGE_ID),
     tiny_inputs=_tiny_inputs,
-    configs={name: partial(_config, INTERNVIT_300M, sizes, IMAGE_ID) for name, sizes in QWEN2.items()},
+    configs={name: partial(_released_config, name) for name in QWEN2},
 )

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -13,6 +15,7 @@ from torch import nn
 from mqbench.harness.errors import DatasetError
 from mqbench.harness.models.adapter import LoadedModel, Message
 from mqbench.harness.models.decoding import greedy_answers, left_padded
+from mqbench.harness.models.family import Family, prompts
 from mqbench.harness.models.towers import HEAD, llm_tower
 from mqbench.harness.models.weights import (
     TEXT_FILES,
@@ -24,7 +27,7 @@ from mqbench.harness.models.weights import (
 from mqbench.harness.quant.layout import Layout
 from mqbench.harness.quant.session import Batch
 
-FAMILY = "llama"
+FAMILY_NAME = "llama"
 TEXT = "model"
 ATTENTION = "sdpa"
 SHIPPED_WEIGHTS = Path(__file__).parent / "standin_text" / "weights"
@@ -37,7 +40,7 @@ def llama_layout(model_or_config: nn.Module | Any) -> Layout:
     """
     config: Any = getattr(model_or_config, "config", model_or_config)
     return Layout(
-        family=FAMILY,
+        family=FAMILY_NAME,
         text=llm_tower(config, TEXT),
         vision=None,
         patch_embed=None,
@@ -146,3 +149,49 @@ def _text(name: str, message: Message) -> str:
 def _pad_id(tokenizer: Any) -> int:
     """LLaMA-2's tokenizer has no padding token; what stands at masked places does not matter."""
     return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+
+
+SIZES = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "vocab_size",
+)
+TINY = (48, 96, 2, 6, 2, 64)
+RELEASED: Mapping[str, tuple[int, ...]] = MappingProxyType(
+    {
+        "llama-2-7b": (4096, 11008, 32, 32, 32, 32000),
+        "llama-2-13b": (5120, 13824, 40, 40, 40, 32000),
+        "llama-2-70b": (8192, 28672, 80, 64, 8, 32000),
+    }
+)
+
+
+def _build(config: Any) -> nn.Module:
+    from transformers import LlamaForCausalLM
+
+    return LlamaForCausalLM(config)
+
+
+def _config(sizes: Sequence[int]) -> Any:
+    from transformers import LlamaConfig
+
+    config = LlamaConfig(**dict(zip(SIZES, sizes, strict=True)), pad_token_id=0)
+    config._attn_implementation = ATTENTION
+    return config
+
+
+def _tiny_inputs(model: Any, generator: torch.Generator) -> Batch:
+    return prompts((0, 0, 0), 0, model.config.vocab_size, generator)
+
+
+FAMILY = Family(
+    name=FAMILY_NAME,
+    build=_build,
+    layout=llama_layout,
+    tiny_config=partial(_config, TINY),
+    tiny_inputs=_tiny_inputs,
+    configs={name: partial(_config, sizes) for name, sizes in RELEASED.items()},
+)

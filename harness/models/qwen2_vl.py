@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -12,13 +14,14 @@ from torch import nn
 
 from mqbench.harness.models.adapter import LoadedModel, Message
 from mqbench.harness.models.decoding import greedy_answers, left_padded
+from mqbench.harness.models.family import Family, prompts, random_pixels
 from mqbench.harness.models.pixels import PixelLimits, load_image
 from mqbench.harness.models.towers import llm_tower
 from mqbench.harness.models.weights import check_complete, check_finite_weights, find_folder, from_pretrained
 from mqbench.harness.quant.layout import Attention, Block, Layout, Norm, NormKind, Part, Tower
 from mqbench.harness.quant.session import Batch
 
-FAMILY = "qwen2_vl"
+FAMILY_NAME = "qwen2_vl"
 VISUAL = "model.visual"
 TEXT = "model.language_model"
 MERGER = f"{VISUAL}.merger"
@@ -39,7 +42,7 @@ def qwen2_vl_layout(model_or_config: nn.Module | Any) -> Layout:
     config: Any = getattr(model_or_config, "config", model_or_config)
     vision = _vision_tower(config.vision_config)
     return Layout(
-        family=FAMILY,
+        family=FAMILY_NAME,
         text=text_tower(config.text_config),
         vision=vision,
         patch_embed=vision.entry[0],
@@ -200,3 +203,104 @@ def _chat_content(message: Message) -> list[dict[str, str]]:
     return [
         {"type": "text", "text": item["value"]} if item["type"] == "text" else {"type": "image"} for item in message
     ]
+
+
+VISION_START_ID, VISION_END_ID, IMAGE_ID, VIDEO_ID = 151652, 151653, 151655, 151656
+TINY_VISION_START_ID, TINY_VISION_END_ID, TINY_IMAGE_ID, TINY_VIDEO_ID = 60, 61, 62, 63
+TINY_TEXT: Mapping[str, Any] = MappingProxyType(
+    {
+        "vocab_size": 64,
+        "hidden_size": 48,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+        "rms_norm_eps": 1e-6,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]},
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+)
+TINY_VISION = MappingProxyType(
+    {"depth": 2, "embed_dim": 32, "num_heads": 2, "mlp_ratio": 4, "patch_size": 4, "hidden_size": 48}
+)
+RELEASED_VISION = MappingProxyType({"depth": 32, "embed_dim": 1280, "num_heads": 16, "mlp_ratio": 4})
+ROPE = MappingProxyType({"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]})
+TEXT_SIZES = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "vocab_size",
+)
+RELEASED_TEXT: Mapping[str, tuple[int, ...]] = MappingProxyType(
+    {
+        "qwen2-vl-2b": (1536, 8960, 28, 12, 2, 151936),
+        "qwen2-vl-7b": (3584, 18944, 28, 28, 4, 152064),
+        "qwen2-vl-72b": (8192, 29568, 80, 64, 8, 152064),
+    }
+)
+"""The LLMs of the released checkpoints' config.json."""
+TIED = frozenset({"qwen2-vl-2b"})
+
+
+def released_text(sizes: Sequence[int]) -> dict[str, Any]:
+    """A ``text_config`` by ``TEXT_SIZES``; Qwen2.5-VL's has the same form."""
+    return dict(zip(TEXT_SIZES, sizes, strict=True)) | {"rope_parameters": dict(ROPE)}
+
+
+def visual_ids(*ids: int) -> dict[str, int]:
+    """Ids of vision start, vision end, image and video as configs name them."""
+    names = ("vision_start_token_id", "vision_end_token_id", "image_token_id", "video_token_id")
+    return dict(zip(names, ids, strict=True))
+
+
+def tiny_inputs(model: Any, generator: torch.Generator, grid: tuple[int, int] = (4, 4)) -> Batch:
+    """Left-padded rows with one, no and two images of ``grid`` patches; Qwen2.5-VL takes the same."""
+    counts, (rows, columns), vision = (1, 0, 2), grid, model.config.vision_config
+    tokens = rows * columns // vision.spatial_merge_size**2
+    around = ((TINY_VISION_START_ID,), (TINY_VISION_END_ID,))
+    batch = prompts(counts, tokens, TINY_IMAGE_ID, generator, around)
+    width = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+    return batch | {
+        "mm_token_type_ids": torch.eq(batch["input_ids"], TINY_IMAGE_ID).int(),
+        "pixel_values": random_pixels(model, (sum(counts) * rows * columns, width), generator),
+        "image_grid_thw": torch.tensor([[1, rows, columns]] * sum(counts)),
+    }
+
+
+def _build(config: Any) -> nn.Module:
+    from transformers import Qwen2VLForConditionalGeneration
+
+    return Qwen2VLForConditionalGeneration(config)
+
+
+def _tiny_config() -> Any:
+    from transformers import Qwen2VLConfig
+
+    ids = visual_ids(TINY_VISION_START_ID, TINY_VISION_END_ID, TINY_IMAGE_ID, TINY_VIDEO_ID)
+    config = Qwen2VLConfig(vision_config=dict(TINY_VISION), text_config=dict(TINY_TEXT), **ids)
+    config._attn_implementation = ATTENTION
+    return config
+
+
+def _released_config(name: str) -> Any:
+    from transformers import Qwen2VLConfig
+
+    text = released_text(RELEASED_TEXT[name])
+    vision = dict(RELEASED_VISION) | {"hidden_size": text["hidden_size"]}
+    ids = visual_ids(VISION_START_ID, VISION_END_ID, IMAGE_ID, VIDEO_ID)
+    return Qwen2VLConfig(vision_config=vision, text_config=text, tie_word_embeddings=name in TIED, **ids)
+
+
+FAMILY = Family(
+    name=FAMILY_NAME,
+    build=_build,
+    layout=qwen2_vl_layout,
+    tiny_config=_tiny_config,
+    tiny_inputs=tiny_inputs,
+    configs={name: partial(_released_config, name) for name in RELEASED_TEXT},
+)

@@ -217,7 +217,8 @@ class Tower:
         hidden_size: Width of the residual stream.
         norm_kind: Kind of every norm of this tower.
         entry: What writes the stream before block 0: linears or convolutions (output channels), embeddings (columns)
-            and parameters (last dimension: class token, position table). Empty with ``entry_norm``.
+            and parameters or buffers (last dimension: class token, position table). With ``entry_norm``: what is added
+            behind it.
         blocks: In order of execution.
         final_norm: The norm behind the last block with its readers (LLM: lm_head; vision: merger's first linear); None
             when the stream is read as it is.
@@ -340,14 +341,15 @@ class Layout:
         Raises:
             LayoutError: names a module that does not exist or a linear that nobody declared.
         """
-        modules, parameters = dict(model.named_modules()), dict(model.named_parameters())
+        modules = dict(model.named_modules())
+        tensors = {name for name, _ in (*model.named_parameters(), *model.named_buffers())}
         declared = set(self.quantized_linears()) | set(self.unquantized)
         norms = {norm.name for tower in self.towers for norm in tower.norms}
         norms |= {tower.entry_norm for tower in self.towers if tower.entry_norm is not None}
         streams = {name for tower in self.towers for name in (*tower.entry, *(exit.name for exit in tower.exits))}
         scales = {name for tower in self.towers for block in tower.blocks for name, _ in block.scales}
         for name in declared | norms | streams | scales:
-            if name not in modules and name not in parameters:
+            if name not in modules and name not in tensors:
                 raise LayoutError(f"layout of family '{self.family}' names '{name}', which the model does not have")
         for name, module in modules.items():
             if isinstance(module, (nn.Linear, nn.Conv2d, nn.Conv3d)) and name not in declared:

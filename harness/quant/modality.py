@@ -66,9 +66,10 @@ class ExpertContext:
         self._is_visual = modality is Modality.VISUAL
 
     @property
-    def visual(self) -> None:
-        """No row needs telling apart from another."""
-        return None
+    def visual(self) -> Tensor | None:
+        """(rows,) bool, all True for the visual expert; None for the text expert, whose rows are all text."""
+        visual = self._context.visual
+        return visual[visual] if self._is_visual and visual is not None else None
 
     @property
     def valid(self) -> Tensor | None:

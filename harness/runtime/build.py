@@ -58,11 +58,12 @@ def build_runtime(
     if system.transformers:
         fill(model, device, dtype, values)
         return TransformersRuntime(model, layout, family, system, device)
-    fill(model.get_submodule(layout.text.entry[0]), device, dtype, values)
     rows, context = Rows(), ModalityContext()
+    source = RandomSource(model, layout, system, rows, device, dtype, values, places)
+    fill(model.get_submodule(layout.text.entry[0]), device, dtype, values)
     fused = FusedModel(model, layout, family, rows, context)
-    fuse(fused, system, RandomSource(model, layout, system, rows, device, dtype, values, places))
-    fill(model, device, dtype, values)
+    fuse(fused, system, source)
+    _renew_rotary(model, device)
     track_modality(model, layout, context)
     return FusedRuntime(fused, system, device)
 

@@ -13,7 +13,7 @@ from mqbench.harness.runtime.family import family_of
 from mqbench.harness.runtime.fuse import FusedModel, fuse
 from mqbench.harness.runtime.interface import Runtime
 from mqbench.harness.runtime.plain import TransformersRuntime
-from mqbench.harness.runtime.quantized import QuantizedSource, contexts, system_of
+from mqbench.harness.runtime.quantized import QuantizedSource, check_system, contexts, system_of
 from mqbench.harness.runtime.rows import Rows
 from mqbench.harness.runtime.systems import System
 
@@ -45,6 +45,7 @@ def runtime_of(loaded: LoadedModel, system: System | None = None) -> Runtime:
     if reason is not None:
         raise RequestError(f"system '{system.name}' cannot run on {device}: {reason}")
     if system.transformers:
+        check_system(model, layout, system)
         return TransformersRuntime(model, layout, family, system, device)
     rows, known = Rows(), contexts(model)
     context = known[0] if known else ModalityContext()

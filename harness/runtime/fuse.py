@@ -13,6 +13,7 @@ from mqbench.harness.errors import LayoutError
 from mqbench.harness.quant.layout import Block, Layout, Part
 from mqbench.harness.quant.modality import ModalityContext
 from mqbench.harness.runtime.blocks import Heads, Rotary, TextBlock, VisionBlock
+from mqbench.harness.runtime.coverage import check_covered, final_norm
 from mqbench.harness.runtime.decoder import RuntimeDecoder
 from mqbench.harness.runtime.family import Family
 from mqbench.harness.runtime.pointwise import RowNorm, activation_of
@@ -76,7 +77,7 @@ class FusedModel:
 
     @property
     def head(self) -> nn.Module:
-        head: nn.Module = self.model.get_submodule(self.layout.text.final_norm.readers[0])
+        head: nn.Module = self.model.get_submodule(final_norm(self.layout.text).readers[0])
         return head
 
     @property
@@ -102,7 +103,7 @@ class FusedModel:
     @property
     def projector(self) -> Projector:
         assert self.layout.vision is not None
-        projector = self.model.get_submodule(parent_of(self.layout.vision.final_norm.name))
+        projector = self.model.get_submodule(parent_of(final_norm(self.layout.vision).name))
         assert isinstance(projector, Projector)
         return projector
 
@@ -115,19 +116,19 @@ def fuse(fused: FusedModel, system: System, source: Source) -> None:
         LayoutError: the architecture has something that the runtime does not cover; the message names it.
     """
     model, layout = fused.model, fused.layout
-    _check_attention(model.get_submodule(layout.text_root), layout)
+    check_covered(layout, model.get_submodule(layout.text_root).config)
     if layout.vision is not None:
         assert layout.patch_embed is not None and fused.family.vision_rotary is not None
         put(model, parent_of(layout.patch_embed), PatchRows(source.projection((layout.patch_embed,), Part.VISION)))
         for block in layout.vision.blocks:
             parts = _parts(model, block, Part.VISION, fused.family.vision_rotary, source)
             put(model, block.name, VisionBlock(**parts))
-        put(model, parent_of(layout.vision.final_norm.name), _projector(model, layout, source))
+        put(model, parent_of(final_norm(layout.vision).name), _projector(model, layout, source))
     for index, block in enumerate(layout.text.blocks):
         parts = _parts(model, block, Part.TEXT, fused.family.text_rotary, source)
         put(model, block.name, TextBlock(layer=index, **parts))
     _replace_decoder(fused, system, source)
-    head = layout.text.final_norm.readers[0]
+    head = final_norm(layout.text).readers[0]
     put(model, head, Head(source.head(head)))
 
 
@@ -140,11 +141,6 @@ def put(model: nn.Module, name: str, module: nn.Module) -> None:
 def parent_of(name: str) -> str:
     """Name of the module that holds a module."""
     return name.rpartition(".")[0]
-
-
-def _check_attention(decoder: Any, layout: Layout) -> None:
-    if "sliding_attention" in (getattr(decoder.config, "layer_types", None) or ()):
-        raise LayoutError(f"this '{layout.family}' model has sliding-window attention, which the runtime does not have")
 
 
 def _parts(model: nn.Module, block: Block, part: Part, rotary: str, source: Source) -> dict[str, Any]:
@@ -177,9 +173,7 @@ def _activation(model: nn.Module, parent: str) -> str:
 
 def _projector(model: nn.Module, layout: Layout, source: Source) -> Projector:
     assert layout.vision is not None
-    norm, linears = layout.vision.final_norm, layout.projector
-    if len(linears) != 2 or norm.readers != linears[:1]:
-        raise LayoutError(f"the runtime covers projectors of norm, linear, activation, linear, not {linears}")
+    norm, linears = final_norm(layout.vision), layout.projector
     return Projector(
         source.norm(norm.name),
         norm.chunks,
@@ -191,7 +185,7 @@ def _projector(model: nn.Module, layout: Layout, source: Source) -> Projector:
 
 def _replace_decoder(fused: FusedModel, system: System, source: Source) -> None:
     model, text, root = fused.model, fused.layout.text, fused.layout.text_root
-    norm = text.final_norm.name
+    norm = final_norm(text).name
     put(model, norm, source.norm(norm))
     decoder = RuntimeDecoder(
         model.get_submodule(root),

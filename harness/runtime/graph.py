@@ -50,6 +50,7 @@ class PassRunner:
     """
 
     def __init__(self, engine: Engine, devices: Sequence[torch.device], attention: tuple[str, ...] = ()) -> None:
+        self.device = devices[0]
         self.on_gpu = all(device.type == "cuda" for device in devices)
         self.captures = self.on_gpu and len(set(devices)) == 1 and engine is not Engine.EAGER
         self.compiles = self.captures and engine is Engine.COMPILE
@@ -63,13 +64,14 @@ class PassRunner:
         if not self.captures or self.paused:
             with self._backends():
                 return run(tensors)
-        if key not in self._captured:
-            self._captured[key] = self._capture(run, tensors)
-        captured = self._captured[key]
-        for name, x in tensors.items():
-            captured.inputs[name].copy_(x)
-        captured.graph.replay()
-        return captured.output
+        with torch.cuda.device(self.device):
+            if key not in self._captured:
+                self._captured[key] = self._capture(run, tensors)
+            captured = self._captured[key]
+            for name, x in tensors.items():
+                captured.inputs[name].copy_(x)
+            captured.graph.replay()
+            return captured.output
 
     def drop(self) -> None:
         """Forgets all graphs and frees their memory."""

@@ -105,7 +105,7 @@ class Projection(nn.Module):
             assert isinstance(site, IntegerSite)
             return self._sliced(site, linear, x, slices)
         with part(QUANTIZE):
-            rows = site(x)
+            rows = site(x.contiguous())  # SDPA does not say how it lays out its result
         with part(self.gemm_part):
             out: Tensor = linear(rows)
             return out

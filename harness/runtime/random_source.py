@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from mqbench.harness.quant.layout import Layout, NormKind, Part
 from mqbench.harness.quant.scheme import QuantArgs, Scheme, Strategy
+from mqbench.harness.runtime.coverage import final_norm
 from mqbench.harness.runtime.linears import Float8Linear, FloatLinear, IntegerLinear, RuntimeLinear, WeightOnlyLinear
 from mqbench.harness.runtime.parts import GEMM_PARTS, LLM_GEMM
 from mqbench.harness.runtime.pointwise import RowNorm
@@ -45,6 +46,8 @@ class RandomValues:
         return empty.random_(low, high + 1, generator=self._generator(device))
 
     def _generator(self, device: torch.device) -> torch.Generator | None:
+        if device.type == "cpu":
+            device = torch.device("cpu")  # which may be called cpu:0, too
         if device not in self._generators:
             known = None if device.type == "meta" else torch.Generator(device).manual_seed(self.seed)
             self._generators[device] = known
@@ -55,7 +58,7 @@ class RandomSource:
     """``fuse.Source`` of a model that never existed in floating point.
 
     Args:
-        model: On the meta device; gives the shapes.
+        model: On the meta device still; gives the shapes.
         layout: Its layout.
         system: What to build.
         rows: What the LLM's sites read.
@@ -78,6 +81,8 @@ class RandomSource:
     ) -> None:
         self.model, self.layout, self.system, self.rows = model, layout, system, rows
         self.device, self.dtype, self.values, self.device_map = device, dtype, values, device_map
+        head: Any = model.get_submodule(final_norm(layout.text).readers[0])
+        self._is_tied = self._embedding.weight is head.weight
         self.transformed = {block.mlp_out for tower in layout.towers for block in tower.blocks if system.hadamard}
 
     def projection(self, names: tuple[str, ...], part: Part) -> Projection:
@@ -101,11 +106,13 @@ class RandomSource:
             num_out, num_in = module.weight.shape
             linear: RuntimeLinear = self._integer(num_out, num_in, args, self.device, None, None)
             return Projection([IntegerSite(HEAD_ACTIVATION_BITS)], [linear], LLM_GEMM)
-        embedding: Any = self.model.get_submodule(self.layout.text.entry[0])
         shape = tuple(module.weight.shape)
-        is_tied = embedding.weight is module.weight
-        weight = embedding.weight if is_tied else self._weight(shape, self.device)
+        weight = self._embedding.weight if self._is_tied else self._weight(shape, self.device)
         return Projection([FloatSite()], [FloatLinear(weight)], LLM_GEMM)
+
+    @property
+    def _embedding(self) -> Any:
+        return self.model.get_submodule(self.layout.text.entry[0])
 
     def _scheme(self, part: Part) -> Scheme:
         return self.system.text_scheme if part is Part.TEXT else self.system.vision_scheme

@@ -11,6 +11,8 @@ from mqbench.harness.runtime.rows import Rows
 from mqbench.kernels import api
 
 FLOAT8_DTYPE = torch.float8_e4m3fn
+MIN_FLOAT8_SCALE = 1e-12
+"""Of rows of zeros."""
 
 
 @dataclass(frozen=True)
@@ -57,8 +59,8 @@ class Float8Site(nn.Module):
     fuses = False
 
     def forward(self, x: Tensor) -> Levels:
-        scale = x.abs().amax(-1, keepdim=True).float().clamp_min(torch.finfo(torch.float32).tiny)
-        scale = scale / torch.finfo(FLOAT8_DTYPE).max
+        scale = x.abs().amax(-1, keepdim=True).float() / torch.finfo(FLOAT8_DTYPE).max
+        scale = scale.clamp_min(MIN_FLOAT8_SCALE)
         return Levels((x / scale).to(FLOAT8_DTYPE), scale[:, 0])
 
     def shares(self, other: nn.Module) -> bool:

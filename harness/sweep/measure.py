@@ -223,7 +223,6 @@ class _Measurer:
         """Builds and warms up; graphs are captured here."""
         system = SYSTEMS[name]
         arguments = {"device": self.device, "dtype": self.dtype, "seed": self.settings.seed}
-        self.memory.release()
         runtime, built = self.memory.watch(lambda: self.build(self.config, system, **arguments))
         try:
             _, warm = self.memory.watch(lambda: self._warm_up(runtime))

@@ -19,11 +19,17 @@ from mqbench.harness.runtime.interface import Runtime, RuntimeInputs
 
 
 def quantized_tiny(
-    method: str, bits: str, dtype: torch.dtype = torch.float64, seed: int = 0, **options: Any
+    method: str, bits: str, dtype: torch.dtype = torch.float64, down_mean: float = 0.0, **options: Any
 ) -> tuple[LoadedModel, Batch]:
-    """The tiny Qwen2-VL with Eq. 9 true of every fc2, in integers, and a left-padded batch of three rows of images."""
-    model = tiny_model(torch.float32, seed)
+    """The tiny Qwen2-VL with Eq. 9 true of every fc2, in integers, and a left-padded batch of three rows of images.
+
+    A large ``down_mean`` makes Eq. 9 true of every down_proj, too.
+    """
+    model = tiny_model(torch.float32)
     add_fc2_means(model, 0.5)
+    with torch.no_grad():
+        for block in tiny_layout(model).text.blocks:
+            model.get_submodule(block.mlp_out).weight += down_mean
     model.to(dtype)
     model.generation_config.eos_token_id = None  # so that every row decodes to the end
     loaded = LoadedModel("tiny", model, None, tiny_layout(model))
