@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+import torch
 from transformers import Qwen2VLConfig
 
 from mqbench.harness.runtime.build import build_runtime
+from mqbench.harness.runtime.interface import RuntimeInputs
 from mqbench.harness.runtime.linears import Float8Linear, FloatLinear
 from mqbench.harness.runtime.systems import SYSTEMS, System
 from mqbench.kernels.hadamard import padded_size
@@ -102,6 +104,26 @@ def test_awq_of_the_real_7b() -> None:
     llm = linears_of("7b")["llm"]
     saved = sum(count * outputs * (2 * inputs - inputs // 2 - 8 * (inputs // 128)) for outputs, inputs, count, _ in llm)
     assert weights_bytes("7b", SYSTEMS["awq-w4a16-g128"]) == CHECKPOINT_7B_BYTES + ROTARY_BYTES - saved
+
+
+@pytest.mark.parametrize("name", ["mquant-w4a8", "w4a8-msq", "awq-w4a16-g128", "bf16-graph"])
+def test_a_pass_of_the_real_7b_asks_the_device_for_nothing(name: str) -> None:
+    """Tensors on the meta device have no values: whoever waits for one fails here, as it would in a CUDA graph."""
+    runtime = build_runtime(real_config("7b"), SYSTEMS[name], device="meta")
+    side = 840 // 14
+    marked = [1, 2, 151652, *[151655] * (side // 2) ** 2, 151653, 3, 4]
+    ids = torch.tensor([marked, [0, *marked[1:]]])
+    inputs = RuntimeInputs(
+        ids,
+        torch.tensor([[1] * len(marked), [0] + [1] * (len(marked) - 1)]),
+        torch.empty(2 * side**2, PATCH, device="meta"),
+        torch.tensor([[1, side, side]] * 2),
+        (ids == 151655).int(),
+    )
+    runtime.reserve(2, 4096)
+    assert runtime.prefill(inputs).shape == (2, QWEN2_VL["7b"]["vocabulary"])
+    assert runtime.decode(torch.tensor([5, 6])).shape == (2, QWEN2_VL["7b"]["vocabulary"])
+    assert runtime.prefill(inputs).device.type == "meta"
 
 
 def test_float8_of_the_real_7b() -> None:

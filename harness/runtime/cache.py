@@ -26,7 +26,9 @@ class StaticKVCache:
         length: Slots in use, the same for all rows.
         position: (B, S) int32, original index in the sequence of the token in each slot.
         valid: (B, S) bool, True where a slot holds a token that is no padding.
+        has_padding: Some slot in use is padding.
         next_position: (B, 1) int64: what rotary embeddings count a row's next token as, less its slot.
+        next_on_host: The same in host memory, so that nobody waits for the device.
         slots: (T,) int64, where the running pass writes; set by the pass.
     """
 
@@ -47,14 +49,18 @@ class StaticKVCache:
         self.position = torch.zeros(batch_size, num_tokens, dtype=torch.int32, device=device)
         self.valid = torch.zeros(batch_size, num_tokens, dtype=torch.bool, device=device)
         self.next_position = torch.zeros(batch_size, 1, dtype=torch.int64, device=device)
+        self.next_on_host = torch.zeros(batch_size, 1, dtype=torch.int64)
+        self.has_padding = False
         self.slots: Tensor | None = None
         self.length = 0
 
     def reset(self) -> None:
         """Forgets all tokens. Old keys and values stay in memory, finite, and nobody sees them."""
         self.length = 0
+        self.has_padding = False
         self.valid.zero_()
         self.next_position.zero_()
+        self.next_on_host.zero_()
 
     def update(self, key: Tensor, value: Tensor, layer: int) -> tuple[Tensor, Tensor]:
         """Writes (B, H_kv, T, D) of a layer to the running pass's slots; returns all slots, (B, H_kv, S, D)."""

@@ -15,7 +15,7 @@ from mqbench.harness.runtime.cache import StaticKVCache
 from mqbench.harness.runtime.fuse import FusedModel, unique_bytes
 from mqbench.harness.runtime.graph import PassRunner
 from mqbench.harness.runtime.interface import DECODE_RESERVE, MemoryParts, RuntimeInputs
-from mqbench.harness.runtime.parts import OTHER, PartClock, clock, part, part_of
+from mqbench.harness.runtime.parts import OTHER, VISION_SCOPE, PartClock, clock, part, part_of, scope
 from mqbench.harness.runtime.prompt import PreparedPrompt, prepare_prompt
 from mqbench.harness.runtime.systems import System
 
@@ -71,6 +71,8 @@ class FusedRuntime:
         cache.valid[:, new] = prompt.valid
         logits = self.runner(prompt.key, lambda tensors: self._run_prompt(prompt, tensors), prompt.tensors)
         cache.length = new.stop
+        cache.has_padding = prompt.is_padded
+        cache.next_on_host.copy_(prompt.next_position)
         cache.next_position.copy_(prompt.next_position)
         return logits
 
@@ -137,7 +139,8 @@ class FusedRuntime:
     def _run_prompt(self, prompt: PreparedPrompt, tensors: Mapping[str, Tensor]) -> Tensor:
         decoder, rows, cache = self.fused.decoder, self.fused.rows, self.cache
         assert cache is not None
-        features = self._features(tensors, prompt.lengths) if "pixels" in tensors else None
+        with scope(VISION_SCOPE):
+            features = self._features(tensors, prompt.lengths) if "pixels" in tensors else None
         with part(OTHER):
             ids = tensors["ids"]
             x = decoder.get_input_embeddings()(ids).flatten(0, 1)

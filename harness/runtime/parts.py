@@ -12,7 +12,8 @@ from mqbench.harness.quant.layout import Layout, Part
 from mqbench.harness.runtime.interface import PARTS
 
 VISION_GEMM, VISION_ATTENTION, PROJECTOR, LLM_GEMM, LLM_ATTENTION, QUANTIZE, OTHER = PARTS
-RANGE_PREFIX = "mqbench:"
+RANGE_PREFIX, SCOPE_PREFIX = "mqbench:", "mqbench-scope:"
+VISION_SCOPE = "vision"
 GEMM_PARTS: Mapping[Part, str] = {Part.VISION: VISION_GEMM, Part.PROJECTOR: PROJECTOR, Part.TEXT: LLM_GEMM}
 ATTENTION_PARTS: Mapping[Part, str] = {Part.VISION: VISION_ATTENTION, Part.TEXT: LLM_ATTENTION}
 
@@ -23,6 +24,11 @@ _nothing = nullcontext()
 def part(name: str) -> AbstractContextManager[None]:
     """A range of the running pass, for the clock that is open, if one is. Ranges do not nest."""
     return _clocks[-1].range(name) if _clocks else _nothing
+
+
+def scope(name: str) -> AbstractContextManager[object]:
+    """A range around several parts, seen by a profiler only while a clock is open: ``mqbench-scope:<name>``."""
+    return torch.profiler.record_function(SCOPE_PREFIX + name) if _clocks else _nothing
 
 
 class PartClock:

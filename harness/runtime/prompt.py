@@ -33,7 +33,8 @@ class PreparedPrompt:
         num_keys: Cached keys that the plan covers; None for the chunk alone.
         position: (B, T) int32, original index of the token in each new slot.
         valid: (B, T) bool, False where a new slot is padding.
-        next_position: (B, 1) int64: what rotary embeddings count a row's next token as, less its slot.
+        is_padded: Some slot is padding, of this prompt or before it.
+        next_position: (B, 1) int64 on the host: what rotary embeddings count a row's next token as, less its slot.
     """
 
     inputs: RuntimeInputs
@@ -44,6 +45,7 @@ class PreparedPrompt:
     num_keys: int | None
     position: Tensor
     valid: Tensor
+    is_padded: bool
     next_position: Tensor
 
     @property
@@ -85,7 +87,7 @@ def prepare_prompt(
     reorders = order is Order.AIFS and bool(visual.any())
     tokens = order_of(visual, None if bool(valid.all()) else valid) if reorders else in_order
     slots = tokens.argsort(1)  # where each token goes
-    positions = fused.family.text_positions(fused.model, host) + cache.next_position.cpu() + past
+    positions = fused.family.text_positions(fused.model, host) + cache.next_on_host + past
     named = {
         "ids": host.input_ids.gather(1, tokens),
         "positions": positions.gather(2, tokens.expand_as(positions)),
@@ -99,11 +101,12 @@ def prepare_prompt(
     tensors = {name: x.to(device) for name, x in named.items()}
     lengths = _add_pixels(tensors, inputs, host, fused, device)
     position, placed = (past + tokens).int().to(device), valid.gather(1, tokens).to(device)
-    plan, num_keys = _plan(cache, position, placed, is_plain=not reorders and not past and bool(valid.all()))
+    is_padded = cache.has_padding or not bool(valid.all())
+    plan, num_keys = _plan(cache, position, placed if is_padded else None, is_plain=not (reorders or past or is_padded))
     if plan is not None:
         tensors |= {f"{PLAN}{index}": x for index, x in enumerate(plan_tensors(plan))}
-    next_position = (ends - past - num_tokens).to(cache.next_position.device)
-    return PreparedPrompt(inputs, past, tensors, lengths, plan, num_keys, position, placed, next_position)
+    next_position = ends - past - num_tokens
+    return PreparedPrompt(inputs, past, tensors, lengths, plan, num_keys, position, placed, is_padded, next_position)
 
 
 def _check_padding(valid: Tensor) -> None:
@@ -134,13 +137,13 @@ def _add_pixels(
 
 
 def _plan(
-    cache: StaticKVCache, position: Tensor, valid: Tensor, is_plain: bool
+    cache: StaticKVCache, position: Tensor, valid: Tensor | None, is_plain: bool
 ) -> tuple[AttentionPlan | None, int | None]:
     """A plan over the chunk, or over all that is cached behind it; None when plain causal attention will do."""
     if is_plain:
         return None, None
     past, num_tokens = cache.length, position.shape[1]
     position = torch.cat([cache.position[:, :past], position], dim=1)
-    valid = torch.cat([cache.valid[:, :past], valid], dim=1)
-    every = None if bool(valid.all()) else valid
-    return plan_attention(position, every, num_queries=num_tokens), past + num_tokens if past else None
+    if valid is not None:
+        valid = torch.cat([cache.valid[:, :past], valid], dim=1)
+    return plan_attention(position, valid, num_queries=num_tokens), past + num_tokens if past else None
