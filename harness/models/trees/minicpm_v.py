@@ -148,8 +148,7 @@ class CrossAttention(nn.Module):
     def forward(self, queries: Tensor, keys: Tensor, values: Tensor, valid: Tensor | None = None) -> Tensor:
         """Shapes: (B, Q, D), (B, L, D), (B, L, D), (B, L) bool or None, all valid -> (B, Q, D)."""
         query, key, value = map(self._heads, (self.q_proj(queries), self.k_proj(keys), self.v_proj(values)))
-        mask = None if valid is None else valid[:, None, None]
-        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=None if valid is None else valid[:, None, None])
         return self.out_proj(mixed.transpose(1, 2).flatten(2))
 
     def _heads(self, x: Tensor) -> Tensor:
