@@ -59,34 +59,49 @@ def smart_resize(height_px: int, width_px: int, *, factor_px: int, min_pixels: i
 
 
 def tiles(height_px: int, width_px: int, *, tile_px: int, max_tiles: int, tokens_per_tile: int) -> int:
-    """The grid nearest in aspect ratio, and a thumbnail beside more than one tile (InternVL2).
+    """A grid of tiles, and a thumbnail beside more than one of them (InternVL2)."""
+    columns, rows = tile_grid(height_px, width_px, tile_px, max_tiles)
+    return tokens_per_tile * (columns * rows + (columns * rows > 1))
+
+
+def tile_grid(height_px: int, width_px: int, tile_px: int, max_tiles: int) -> tuple[int, int]:
+    """Columns and rows of the grid of at most ``max_tiles`` tiles that is nearest in aspect ratio.
 
     Of grids equally near, more tiles win as long as the image has more than half of their pixels.
     """
-    best, best_distance = 1, math.inf
+    best, best_distance = (1, 1), math.inf
     for columns, rows in _grids(max_tiles):
         distance = abs(width_px / height_px - columns / rows)
         enlarges = 2 * height_px * width_px > tile_px**2 * columns * rows
         if distance < best_distance or (distance == best_distance and enlarges):
-            best, best_distance = columns * rows, distance
-    return tokens_per_tile * (best + (best > 1))
+            best, best_distance = (columns, rows), distance
+    return best
 
 
 def slices(height_px: int, width_px: int, *, slice_px: int, max_slices: int, tokens_per_slice: int) -> int:
-    """The image as a whole, and as many slices as it has times ``slice_px`` squared, one more or less (MiniCPM-V)."""
+    """The image as a whole, and slices beside it unless it is small (MiniCPM-V)."""
+    columns, rows = slice_grid(height_px, width_px, slice_px, max_slices)
+    return tokens_per_slice * (columns * rows + (columns * rows > 1))
+
+
+def slice_grid(height_px: int, width_px: int, slice_px: int, max_slices: int) -> tuple[int, int]:
+    """Columns and rows of slices; (1, 1) for an image that is not cut.
+
+    As many slices as the image has times ``slice_px`` squared, one more or less, in the grid nearest in aspect ratio.
+    """
     wanted = min(math.ceil(height_px * width_px / slice_px**2), max_slices)
     if wanted <= 1:
-        return tokens_per_slice
+        return 1, 1
     ratio = math.log(width_px / height_px)
-    best, best_distance = 1, math.inf
+    best, best_distance = (1, 1), math.inf
     for number in (wanted - 1, wanted, wanted + 1):
         if number == 1 or number > max_slices:
             continue
         for columns in _divisors(number):
             distance = abs(ratio - math.log(columns / (number // columns)))
             if distance < best_distance:
-                best, best_distance = number, distance
-    return tokens_per_slice * (best + 1)
+                best, best_distance = (columns, number // columns), distance
+    return best
 
 
 RULES: Mapping[str, Callable[..., int]] = MappingProxyType(

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import nn
 
+from mqbench.harness.models.adapter import LoadedModel, Message
 from mqbench.harness.models.family import Family, prompts, random_pixels
+from mqbench.harness.models.native import NativeAdapter, padded_batch
+from mqbench.harness.models.pixels import open_rgb, pad_to_square
 from mqbench.harness.models.towers import HEAD, llm_tower
 from mqbench.harness.quant.layout import Attention, Block, Layout, Norm, NormKind, Part, Reader, Tower
 from mqbench.harness.quant.session import Batch
@@ -80,6 +86,105 @@ def _vision_block(config: Any, index: int) -> Block:
         mlp_norm=Norm(f"{name}.layer_norm2", (f"{name}.mlp.fc1",)),
         mlp_out=f"{name}.mlp.fc2",
     )
+
+
+SYSTEM = (
+    "A chat between a curious human and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the human's questions. "
+)
+BEFORE, AFTER = f"{SYSTEM}USER: ", " ASSISTANT: "
+"""VLMEvalKit's conversation, around the items of a message; an image is a placeholder between two spaces."""
+
+
+@dataclass(frozen=True)
+class LlavaAdapter(NativeAdapter):
+    """One registered LLaVA-1.5 (llava-hf checkpoints)."""
+
+    model_type = "llava"
+
+    def model_class(self) -> Any:
+        from transformers import LlavaForConditionalGeneration
+
+        return LlavaForConditionalGeneration
+
+    def load_processor(self, path: Path) -> Any:
+        from transformers import LlavaProcessor
+
+        return LlavaProcessor.from_pretrained(path, local_files_only=True)
+
+    def layout(self, model: nn.Module) -> Layout:
+        return llava_layout(model)
+
+    def encode(self, loaded: LoadedModel, messages: Sequence[Message], answers: Sequence[str] | None = None) -> Batch:
+        """Left-padded inputs of a batch of prompts on the model's device; rows may hold any number of images.
+
+        An image is padded to a square with the mean colour and resized to 336 px, as VLMEvalKit's wrapper does.
+
+        Args:
+            loaded: From ``load``.
+            messages: One per row.
+            answers: One per row; their tokens follow the prompts, as in decoding.
+
+        Returns:
+            ``input_ids`` and ``attention_mask`` (B, T); with images also ``pixel_values`` (images, 3, 336, 336).
+
+        Raises:
+            DatasetError: an image cannot be read.
+        """
+        processor = loaded.processor
+        prompts = [_prompt_ids(processor, message, self.visual_tokens(processor)) for message in messages]
+        items = [item for message in messages for item in message if item["type"] == "image"]
+        images = [_square(processor.image_processor, open_rgb(item["value"])) for item in items]
+        pixels = None
+        if images:
+            ready = {"do_resize": False, "do_center_crop": False}
+            pixels = processor.image_processor(images, return_tensors="pt", **ready)["pixel_values"]
+        return padded_batch(loaded, prompts, answers, pixels)
+
+    def visual_tokens(self, processor: Any, height_px: int = 1, width_px: int = 1, dataset: str | None = None) -> int:
+        """Visual tokens of one image: the same for every size."""
+        patch_px = processor.patch_size or CLIP_L_336["patch_size"]  # early checkpoints leave it out
+        return (_side_px(processor.image_processor) // patch_px) ** 2
+
+
+def _prompt_ids(processor: Any, message: Message, tokens_per_image: int) -> list[int]:
+    """Pieces between images are tokenized on their own, as LLaVA does, and joined by placeholders."""
+    pieces = [BEFORE]
+    for item in message:
+        if item["type"] == "image":
+            pieces[-1] += " "
+            pieces.append(" ")
+        else:
+            pieces[-1] += item["value"]
+    pieces[-1] += AFTER
+    tokenizer = processor.tokenizer
+    first, *others = [tokenizer(piece)["input_ids"] for piece in pieces]
+    begins = int(first[:1] == [tokenizer.bos_token_id])
+    ids = list(first)
+    for other in others:
+        ids += [processor.image_token_id] * tokens_per_image + other[begins:]
+    return ids
+
+
+def _square(image_processor: Any, image: Image.Image) -> Image.Image:
+    red, green, blue = (int(mean * 255) for mean in image_processor.image_mean)
+    side = _side_px(image_processor)
+    return pad_to_square(image, (red, green, blue)).resize((side, side), Image.Resampling.BICUBIC)
+
+
+def _side_px(image_processor: Any) -> int:
+    return image_processor.crop_size["height"]
+
+
+def _released_adapter(size: str, paper_name: str | None) -> LlavaAdapter:
+    name, repo_id = f"llava-1.5-{size}", f"llava-hf/llava-1.5-{size}-hf"
+    how_to_get = (
+        f"put {repo_id} (config, tokenizer, processor, safetensors) into MODELS_DIR/{name} and pass --models-dir"
+    )
+    return LlavaAdapter(name, paper_name, how_to_get, repo_id)
+
+
+ADAPTERS: tuple[LlavaAdapter, ...] = (_released_adapter("7b", None), _released_adapter("13b", "llava-1.5-13b"))
 
 
 def _build(config: Any) -> nn.Module:

@@ -1,4 +1,4 @@
-"""Images on their way into a model: colour mode and size as Qwen2-VL's own preprocessing makes them."""
+"""Images on their way into a model: colour mode, size and shape as the models' own preprocessing makes them."""
 
 from __future__ import annotations
 
@@ -55,13 +55,34 @@ def load_image(path: str | Path, factor: int, limits: PixelLimits) -> Image.Imag
     Raises:
         DatasetError: the file is missing or no image.
     """
-    try:
-        with Image.open(path) as file:
-            image = _on_white(file) if file.mode == "RGBA" else file.convert("RGB")
-    except (OSError, UnidentifiedImageError) as error:
-        raise DatasetError(f"cannot read image '{path}' ({error}); repair the file or leave its row out") from None
+    image = open_rgb(path, on_white=True)
     height, width = fit_size(image.height, image.width, factor, limits)
     return image.resize((width, height), Image.Resampling.BICUBIC)
+
+
+def open_rgb(path: str | Path, on_white: bool = False) -> Image.Image:
+    """An image file as RGB.
+
+    Args:
+        path: The file.
+        on_white: Transparent pixels become white; otherwise they keep the colour under their transparency.
+
+    Raises:
+        DatasetError: the file is missing or no image.
+    """
+    try:
+        with Image.open(path) as file:
+            return _on_white(file) if on_white and file.mode == "RGBA" else file.convert("RGB")
+    except (OSError, UnidentifiedImageError) as error:
+        raise DatasetError(f"cannot read image '{path}' ({error}); repair the file or leave its row out") from None
+
+
+def pad_to_square(image: Image.Image, colour: tuple[int, int, int]) -> Image.Image:
+    """The image in the middle of a square as wide as its longer side."""
+    side = max(image.size)
+    canvas = Image.new("RGB", (side, side), colour)
+    canvas.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+    return canvas
 
 
 def _on_white(image: Image.Image) -> Image.Image:

@@ -15,7 +15,7 @@ from torch import nn
 from mqbench.harness.models.adapter import LoadedModel, Message
 from mqbench.harness.models.decoding import greedy_answers, left_padded
 from mqbench.harness.models.family import Family, prompts, random_pixels
-from mqbench.harness.models.pixels import PixelLimits, load_image
+from mqbench.harness.models.pixels import PixelLimits, fit_size, load_image
 from mqbench.harness.models.towers import llm_tower
 from mqbench.harness.models.weights import check_complete, check_finite_weights, find_folder, from_pretrained
 from mqbench.harness.quant.layout import Attention, Block, Layout, Norm, NormKind, Part, Tower
@@ -166,6 +166,16 @@ class Qwen2VLAdapter:
             return VLMEVALKIT_LIMITS_BY_DATASET.get(dataset or "", VLMEVALKIT_LIMITS)
         size = processor.image_processor.size
         return PixelLimits(size["shortest_edge"], size["longest_edge"])
+
+    def visual_tokens(self, processor: Any, height_px: int, width_px: int, dataset: str | None = None) -> int:
+        """Visual tokens of one image of that size.
+
+        Raises:
+            DatasetError: one side is more than 200 times the other.
+        """
+        factor = processor.image_processor.patch_size * processor.image_processor.merge_size
+        height, width = fit_size(height_px, width_px, factor, self.pixel_limits(processor, dataset))
+        return height * width // factor**2
 
     def _images(self, processor: Any, messages: Sequence[Message]) -> list[Any]:
         factor = processor.image_processor.patch_size * processor.image_processor.merge_size
