@@ -168,9 +168,11 @@ def test_system_that_breaks_the_device_is_named(monkeypatch: pytest.MonkeyPatch)
                 raise RuntimeError("illegal memory access")
 
     monkeypatch.setattr(measure_module, "clock_of", lambda device: BrokenClock())
+    place = Breaks()
     with pytest.raises(DeviceLost) as caught:
-        run(Breaks())
-    assert caught.value.contender == TOKEN
+        run(place)
+    assert (caught.value.contender, caught.value.message) == (TOKEN, "RuntimeError: illegal memory access")
+    assert place.used == 20, "nobody asks a lost device to free anything"
 
 
 def test_skipped_and_unavailable_systems_are_not_built() -> None:
@@ -263,6 +265,17 @@ def test_decoding_is_timed_in_chunks_between_marks() -> None:
 def test_errors_of_memory(error: BaseException, expected: bool) -> None:
     assert is_out_of_memory(error) == expected
     assert note_of(error).startswith("out of memory: " if expected else "failed: ")
+
+
+def test_memory_behind_another_error() -> None:
+    """A graph whose capture runs out of memory complains about the capture."""
+    try:
+        try:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        finally:
+            raise RuntimeError("operation failed due to a previous error during capture")
+    except RuntimeError as error:
+        assert note_of(error).startswith("out of memory: operation failed")
 
 
 def test_summary_by_hand() -> None:

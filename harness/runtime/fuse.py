@@ -205,6 +205,5 @@ def unique_bytes(model: nn.Module) -> int:
     sizes = {}
     for tensor in (*model.parameters(), *model.buffers()):
         storage = tensor.untyped_storage()
-        key = id(tensor) if tensor.is_meta else storage.data_ptr()
-        sizes[key] = storage.nbytes()
+        sizes[storage._cdata] = storage.nbytes()  # the storage itself: on the meta device all addresses are 0
     return sum(sizes.values())

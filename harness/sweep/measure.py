@@ -18,6 +18,7 @@ from mqbench.harness.sweep.device import clock_of, memory_of
 from mqbench.harness.sweep.inputs import decode_ids, make_turns
 from mqbench.harness.sweep.model import SweepModel
 from mqbench.harness.sweep.outcome import (
+    FAILED,
     OK,
     OUT_OF_MEMORY,
     UNAVAILABLE,
@@ -120,10 +121,16 @@ class _Measurer:
         self.figures: dict[str, dict[str, float]] = {}
         self.samples: dict[str, list[dict[str, list[float]]]] = {}
         self.ratios: dict[str, float] = {}
+        self.environment: dict[str, object] = {"l2": self.clock.l2_state}
 
     @cached_property
     def peaks(self) -> Peaks | None:
-        return measured_peaks(self.settings.device)
+        """None where no limit is shown, or peaks could not be measured: times are kept without them."""
+        try:
+            return measured_peaks(self.settings.device)
+        except Exception as error:  # whatever it is, it must not cost the times of this point; the record names it
+            self.environment["peaks"] = note_of(error)
+            return None
 
     @property
     def timed(self) -> str:
@@ -157,16 +164,21 @@ class _Measurer:
     def _measure_group(self, group: Sequence[str], number: int) -> bool:
         """False when the group does not fit in memory and has to be split; nothing of it is kept then."""
         entries: dict[str, Entry] = {}
+        lost = False
         try:
             fits = self._prepare_all(group, entries) and self._time_all(group, entries)
             if fits:
                 self._keep(entries, number)
             return fits
+        except DeviceLost:
+            lost = True  # closing would ask the device, and its complaint would hide this one
+            raise
         finally:
-            for entry in entries.values():
-                entry.runtime.close()
-            entries.clear()
-            self.memory.release()
+            if not lost:
+                for entry in entries.values():
+                    entry.runtime.close()
+                entries.clear()
+                self.memory.release()
 
     def _prepare_all(self, group: Sequence[str], entries: dict[str, Entry]) -> bool:
         for name in group:
@@ -215,7 +227,7 @@ class _Measurer:
         try:
             self.clock.wait()
         except RuntimeError as error:
-            raise DeviceLost(name, note) from error
+            raise DeviceLost(name, note.removeprefix(f"{FAILED}: ")) from error
         self.memory.release()
         return note
 
@@ -306,7 +318,7 @@ class _Measurer:
             scores[name] = metrics[f"{name}.{HEADLINES.get(self.point.sweep, TOTAL)}"]
         metrics |= peak_metrics(self.peaks) if scores and self.device.type == "cuda" else {}
         notes = {name: self.notes[name] for name in self.point.systems if name in self.notes}
-        return Outcome(metrics, arrays, notes, scores, {"l2": self.clock.l2_state})
+        return Outcome(metrics, arrays, notes, scores, self.environment)
 
     def _figures(self, name: str) -> dict[str, float]:
         """What was looked at once, the ratio and the limits."""

@@ -55,11 +55,15 @@ class Outcome:
         return found
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Memory of the device or of the host."""
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
-        return True
-    return isinstance(error, RuntimeError) and any(sign in str(error).lower() for sign in MEMORY_SIGNS)
+def is_out_of_memory(error: BaseException | None) -> bool:
+    """Memory of the device or of the host; also when another error came of it, as from a CUDA graph cut short."""
+    while error is not None:
+        if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+            return True
+        if isinstance(error, RuntimeError) and any(sign in str(error).lower() for sign in MEMORY_SIGNS):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def note_of(error: BaseException) -> str:

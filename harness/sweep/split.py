@@ -1,7 +1,8 @@
 """Where the time of a pass goes: kernels by the part of the model that launched them.
 
-Parts are ``record_function`` ranges named ``mqbench:<part>``. A kernel belongs to the innermost range that was open
-when it was launched; one that cannot be matched counts as ``other``. On a CPU the operations stand for kernels.
+Parts are ``record_function`` ranges named ``mqbench:<part>``; scopes, ``mqbench-scope:<name>``, go around several of
+them. A kernel belongs to the innermost range that was open when it was launched; one that cannot be matched counts as
+``other``. On a CPU the operations stand for kernels.
 """
 
 from __future__ import annotations
@@ -15,14 +16,9 @@ from torch import nn
 from torch.autograd import DeviceType
 from torch.profiler import record_function
 
+from mqbench.harness.runtime.parts import OTHER, RANGE_PREFIX, SCOPE_PREFIX, VISION_SCOPE
 from mqbench.harness.sweep.device import profiling
 
-PART_PREFIX = "mqbench:"
-SCOPE_PREFIX = "mqbench-scope:"
-"""Ranges around several parts, which parts inside do not hide."""
-
-OTHER = "other"
-VISION = "vision"
 US_PER_MS = 1e3
 
 
@@ -64,9 +60,9 @@ def split_pass(run: Callable[[], Any], device: torch.device, vision: nn.Module |
     Args:
         run: A pass with ranges of its own.
         device: Where it runs.
-        vision: The vision tower, to see its share of parts that both towers have; None if it is not called.
+        vision: The vision tower, whose calls become a scope; a runtime that calls it in pieces opens its own.
     """
-    hooks = [] if vision is None else scope_hooks(vision, VISION)
+    hooks = [] if vision is None else scope_hooks(vision, VISION_SCOPE)
     try:
         with profiling(device) as profiler:
             run()
@@ -75,11 +71,11 @@ def split_pass(run: Callable[[], Any], device: torch.device, vision: nn.Module |
             hook.remove()
     events = list(profiler.events())
     launches, total_us = cuda_launches(events) if device.type == "cuda" else cpu_launches(events)
-    parts = attribute(launches, ranges_of(events, PART_PREFIX))
+    parts = attribute(launches, ranges_of(events, RANGE_PREFIX))
     lost_us = total_us - sum(parts.values())
     parts[OTHER] = parts.get(OTHER, 0.0) + max(0.0, lost_us)
     scopes = attribute(launches, ranges_of(events, SCOPE_PREFIX))
-    vision_us = scopes.get(VISION)
+    vision_us = scopes.get(VISION_SCOPE)
     return Split(
         {name: value / US_PER_MS for name, value in parts.items()},
         None if vision_us is None else vision_us / US_PER_MS,
