@@ -56,11 +56,12 @@ def attach_input_quantizers(session: Session, text_strategy: str = Strategy.TENS
     )
     tokens = Tokens(session.option("quantize_tokens", Tokens.ALL))
     for name, linear in session.linears.items():
-        args = session.scheme(name).activations
+        args = session.activation_args(name)
         if args is None:
             continue
         own_args = _with_strategy(args, strategy, is_mixed(session, name))
-        own_tokens = tokens if session.part(name) is Part.TEXT else Tokens.ALL
+        chooses = session.part(name) is Part.TEXT and session.layout.modality_of(name) is None
+        own_tokens = tokens if chooses else Tokens.ALL
         quantizer = make(name, own_args, session.row_context(name), tokens=own_tokens)
         linear.input_quantizer = quantizer.to(linear.weight.device)
         layer_report(session, name).activation_num_bits = args.num_bits

@@ -108,7 +108,8 @@ def verify(session: Session) -> None:
         scheme = session.scheme(name)
         if linear.weight_num_bits != (scheme.weights.num_bits if scheme.weights else None):
             raise MQBenchError(_forgotten(session, name, "weight", linear))
-        if _activation_num_bits(linear) != (scheme.activations.num_bits if scheme.activations else None):
+        activations = session.activation_args(name)
+        if _activation_num_bits(linear) != (activations.num_bits if activations else None):
             raise MQBenchError(_forgotten(session, name, "input", linear))
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from mqbench.harness.quant.layout import Layout, Part
 from mqbench.harness.quant.linear import QuantLinear
 from mqbench.harness.quant.modality import ModalityContext, RowContext, row_context
-from mqbench.harness.quant.scheme import QuantArgs, Recipe, Scheme
+from mqbench.harness.quant.scheme import QuantArgs, Recipe, Scheme, Tokens
 
 Batch = Mapping[str, Tensor]
 
@@ -100,6 +100,16 @@ class Session:
         """The weight grid of a linear, asymmetric under option ``zero_point``; None keeps it in floating point."""
         args = self.scheme(name).weights
         return None if args is None else replace(args, symmetric=not self.option("zero_point", False))
+
+    def activation_args(self, name: str) -> QuantArgs | None:
+        """The grid of a linear's input; None keeps it in floating point.
+
+        Under option ``quantize_tokens`` that is also an expert that only sees rows of the other modality.
+        """
+        tokens, modality = self.option("quantize_tokens", Tokens.ALL), self.layout.modality_of(name)
+        if modality is not None and tokens not in (Tokens.ALL, modality):
+            return None
+        return self.scheme(name).activations
 
     def option(self, key: str, default: Any) -> Any:
         """What the recipe says, else what the method declares, else ``default``."""
