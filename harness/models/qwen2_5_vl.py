@@ -17,6 +17,7 @@ from torch import nn
 
 from mqbench.harness.models.adapter import LoadedModel
 from mqbench.harness.models.family import Family
+from mqbench.harness.models.native import check_model_type
 from mqbench.harness.models.qwen2_vl import (
     ATTENTION,
     IMAGE_ID,
@@ -92,12 +93,13 @@ class Qwen25VLAdapter(Qwen2VLAdapter):
         """Loads weights and processor from local files.
 
         Raises:
-            MissingWeightsError: the folder lacks a file or a weight, or a file cannot be read.
+            MissingWeightsError: the folder holds another family, lacks a file or a weight, or a file cannot be read.
             NonFiniteError: a weight is NaN or Inf.
         """
         from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcessor
 
         check_complete(path, self.how_to_get)
+        check_model_type(path, FAMILY_NAME, self.how_to_get)
         model = from_pretrained(Qwen2_5_VLForConditionalGeneration, path, dtype, ATTENTION, self.how_to_get)
         check_finite_weights(model)
         processor = Qwen2_5_VLProcessor.from_pretrained(path, local_files_only=True)

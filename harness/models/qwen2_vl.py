@@ -15,6 +15,7 @@ from torch import nn
 from mqbench.harness.models.adapter import LoadedModel, Message
 from mqbench.harness.models.decoding import greedy_answers, left_padded
 from mqbench.harness.models.family import Family, prompts, random_pixels
+from mqbench.harness.models.native import check_model_type
 from mqbench.harness.models.pixels import PixelLimits, fit_size, load_image
 from mqbench.harness.models.towers import llm_tower
 from mqbench.harness.models.weights import check_complete, check_finite_weights, find_folder, from_pretrained
@@ -111,12 +112,13 @@ class Qwen2VLAdapter:
         """Loads weights and processor from local files.
 
         Raises:
-            MissingWeightsError: the folder lacks a file or a weight, or a file cannot be read.
+            MissingWeightsError: the folder holds another family, lacks a file or a weight, or a file cannot be read.
             NonFiniteError: a weight is NaN or Inf.
         """
         from transformers import Qwen2VLForConditionalGeneration, Qwen2VLProcessor
 
         check_complete(path, self.how_to_get)
+        check_model_type(path, FAMILY_NAME, self.how_to_get)
         model = from_pretrained(Qwen2VLForConditionalGeneration, path, dtype, ATTENTION, self.how_to_get)
         check_finite_weights(model)
         processor = Qwen2VLProcessor.from_pretrained(path, local_files_only=True)
