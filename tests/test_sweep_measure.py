@@ -191,7 +191,7 @@ def test_nothing_can_run() -> None:
 def test_memory_is_measured_one_by_one() -> None:
     place = FakeDevice(capacity=12)
     outcome = run(place, MEMORY, replace(SHAPE, decode_tokens=0), systems=(EAGER, MQUANT), repeats=1)
-    assert outcome.metrics[f"{EAGER}.device_peak_bytes"] == 123.0
+    assert outcome.metrics[f"{EAGER}.device_peak_bytes"] == outcome.metrics["device_before_bytes"] == 123.0
     assert outcome.metrics[f"{EAGER}.build_peak_bytes"] == 7.0
     assert outcome.metrics[f"{EAGER}.peak_bytes"] == outcome.scores[EAGER] == 13.0, "no less than its parts"
     assert outcome.metrics[f"{EAGER}.activations_bytes"] == 0.0

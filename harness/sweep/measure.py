@@ -118,6 +118,7 @@ class _Measurer:
         inputs = {"device": self.device, "dtype": self.dtype, "seed": settings.seed}
         self.turns = make_turns(self.shape, self.rules, self.config, **inputs)
         self.token = decode_ids(self.shape.batch, self.config, self.device, settings.seed)
+        self.used_before = self.memory.used_bytes()
         self.figures: dict[str, dict[str, float]] = {}
         self.samples: dict[str, list[dict[str, list[float]]]] = {}
         self.ratios: dict[str, float] = {}
@@ -305,6 +306,8 @@ class _Measurer:
 
     def _outcome(self, interleaved: bool) -> Outcome:
         metrics = {**protocol.figures(self.shape, self.rules), "interleaved": float(interleaved)}
+        if self.used_before is not None:
+            metrics["device_before_bytes"] = float(self.used_before)
         arrays: dict[str, tuple[float, ...]] = {}
         scores: dict[str, float] = {}
         for name in self.point.systems:
@@ -326,7 +329,7 @@ class _Measurer:
         if name in self.ratios:
             found["ratio"] = self.ratios[name]
         if self.peaks is not None:
-            arguments = (self.shape, self.rules, self.settings.model.data, SYSTEMS[name], self.peaks)
+            arguments = (self.shape, self.rules, self.config.to_dict(), SYSTEMS[name], self.peaks)
             limits = {"limit_ms": prefill_limit_ms(*arguments)}
             if self.shape.decode_tokens:
                 limits["decode_limit_ms"] = decode_limit_ms(*arguments)
