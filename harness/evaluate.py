@@ -12,12 +12,14 @@ import contextlib
 import functools
 import hashlib
 import importlib
+import inspect
 import io
 import json
 import logging
 import os
 import pickle
 import tempfile
+import textwrap
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -55,7 +57,7 @@ class PromptWrapper:
     Attributes:
         module: Where it is.
         name: Of the class.
-        settings: What its constructor, which would load the model, sets and its prompts read.
+        settings: What its constructor, which would load the model, sets beside fixed texts, and its prompts read.
     """
 
     module: str
@@ -74,6 +76,7 @@ PROMPT_WRAPPERS: Mapping[str, PromptWrapper] = MappingProxyType(
             "InternVLChat",
             MappingProxyType({"_use_custom_prompt": True, "use_mpo_prompt": False, "use_cot": False}),
         ),
+        "minicpm_v": PromptWrapper("vlmeval.vlm.minicpm_v", "MiniCPM_V_2_6"),
     }
 )
 """By family; one that is not listed gets the datasets' own prompts (VLMEvalKit's settings of Qwen2.5-VL)."""
@@ -329,9 +332,26 @@ def _prompt_wrapper(family: str) -> Any | None:
     wrapper = PROMPT_WRAPPERS.get(family)
     if wrapper is None:
         return None
-    made = object.__new__(getattr(_vlmeval(wrapper.module), wrapper.name))
-    vars(made).update(wrapper.settings)
+    wrapper_class = getattr(_vlmeval(wrapper.module), wrapper.name)
+    made = object.__new__(wrapper_class)
+    vars(made).update({**_texts_of_constructor(wrapper_class), **wrapper.settings})
     return made
+
+
+def _texts_of_constructor(wrapper_class: type) -> dict[str, str]:
+    """The fixed texts that a constructor sets, by attribute: instructions that ``build_prompt`` puts around questions.
+
+    Read from its source, since running it would load the model.
+    """
+    source = textwrap.dedent(inspect.getsource(wrapper_class.__init__))  # type: ignore[misc]
+    assignments = (node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Assign))
+    return {
+        node.targets[0].attr: node.value.value
+        for node in assignments
+        if isinstance(node.targets[0], ast.Attribute)
+        and isinstance(node.value, ast.Constant)
+        and isinstance(node.value.value, str)
+    }
 
 
 def _num_tokens_estimate(message: Message) -> int:

@@ -186,6 +186,26 @@ def test_prompt_texts_of_llava_and_internvl(data_dir: Path) -> None:
         assert item["value"] == f"Which of these is number 4000?\nA. None\nB. north0\n{ask}"
 
 
+def test_prompt_texts_of_minicpm_v(data_dir: Path) -> None:
+    """It asks for reasoning on OCRBench, and puts its instruction in front of the image elsewhere."""
+
+    def first(name: str) -> list[str]:
+        data = load(data_dir, TASKS[name])
+        return [
+            item["value"] if item["type"] == "text" else "(image)"
+            for item in build_messages(data.task, data, "minicpm_v")[0]
+        ]
+
+    docvqa, ocrbench = (load(data_dir, TASKS[name]).frame["question"][0] for name in ("docvqa", "ocrbench"))
+    assert first("docvqa") == ["Answer the question using a single word or phrase.", "(image)", docvqa]
+    image, question = first("ocrbench")
+    assert image == "(image)"
+    assert question.endswith(f'"Answer: single number or single word or phrase".\n\n{ocrbench}')
+    choice = first("scienceqa")[-1]
+    assert choice.startswith("Question: Which of these is number 4000?\nOptions:\nA. None\nB. north0\n")
+    assert choice.endswith("\nAnswer with the option's letter from the given choices directly.")
+
+
 def texts(messages: list[Message]) -> list[str]:
     return [message[-1]["value"] for message in messages]
 

@@ -2,21 +2,34 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import replace
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from PIL import Image
 from safetensors.torch import load_file, save_file
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor, nn
-from transformers import SiglipVisionModel
+from transformers import PreTrainedTokenizerFast, SiglipVisionModel
+from transformers.models.minicpmv4_6.image_processing_minicpmv4_6 import MiniCPMV4_6ImageProcessor
 
 from mqbench.baselines.quarot import METHOD as QUAROT
-from mqbench.harness.models.adapter import LoadedModel
+from mqbench.harness.blueprint import load_blueprint
+from mqbench.harness.blueprint_tokens import visual_tokens
+from mqbench.harness.errors import DatasetError
+from mqbench.harness.models.adapter import LoadedModel, Message
 from mqbench.harness.models.check import outcome_of, outputs, proofs
 from mqbench.harness.models.family import tiny_model
-from mqbench.harness.models.minicpm_v import FAMILY, TINY_GRIDS, TINY_VISION, minicpm_v_layout
-from mqbench.harness.models.trees.minicpm_v import MiniCPMV, MiniCPMVConfig, nearest_positions, sine_positions
+from mqbench.harness.models.minicpm_v import ADAPTERS, FAMILY, TINY_GRIDS, TINY_VISION, minicpm_v_layout
+from mqbench.harness.models.slices import SliceRule, cut_slices, enlarged, patch_strips
+from mqbench.harness.models.trees.cross_attention import sine_positions
+from mqbench.harness.models.trees.minicpm_v import MiniCPMV, MiniCPMVConfig, nearest_positions
 from mqbench.harness.models.weights import from_pretrained
 from mqbench.harness.quant.layout import Layout, Tower
 from mqbench.harness.quant.scheme import Recipe
@@ -255,3 +268,191 @@ def test_saved_and_loaded_quantized_model_is_the_same(tmp_path):
     load_quantized(tmp_path, LoadedModel("tiny", fresh, None, layout))
     batch = inputs(model)
     assert torch.equal(outputs(fresh, batch), outputs(model, batch))
+
+
+# --- slices ----------------------------------------------------------------------------------------------------------
+
+
+RULE = SliceRule()
+PORT = MiniCPMV4_6ImageProcessor()
+"""Transformers' port of a later version: the same rules, but sides are multiples of ``4 * patch_size``."""
+QUARTER_PATCH = RULE.patch_px / 4
+
+
+@settings(deadline=None, max_examples=60)
+@given(width=st.integers(1, 3000), height=st.integers(1, 3000))
+def test_sizes_are_those_of_the_port(width, height):
+    assume(max(width, height) < 100 * min(width, height))
+    image = Image.new("RGB", (width, height))
+    found = cut_slices(image, RULE)
+    size, area = (height, width), (RULE.slice_px, QUARTER_PATCH)
+    grid = PORT.get_sliced_grid(size, RULE.max_slices, RULE.slice_px)
+    assert found.pictures[0].size == PORT.find_best_resize(size, *area, allow_upscale=grid is None)[::-1]
+    if grid is None:
+        assert len(found.pictures) == 1 and found.columns == found.rows == 0
+        return
+    assert [found.rows, found.columns] == grid
+    height, width = PORT.get_refine_size(size, grid, *area, allow_upscale=True)
+    assert {slice.size for slice in found.pictures[1:]} == {(width // grid[1], height // grid[0])}
+    assert len(found.pictures) == 1 + grid[0] * grid[1] <= 10
+
+
+def gradient(width: int, height: int) -> Image.Image:
+    """Red grows to the right, green downwards."""
+    columns, rows = np.meshgrid(np.linspace(0, 255, width), np.linspace(0, 255, height))
+    return Image.fromarray(np.stack([columns, rows, 0 * rows], axis=-1).round().astype(np.uint8))
+
+
+def test_slices_stand_row_by_row():
+    found = cut_slices(gradient(1200, 900), RULE)
+    assert (found.columns, found.rows) == (3, 2)
+    reds, greens = np.array([np.asarray(slice).mean((0, 1))[:2] for slice in found.pictures[1:]]).T
+    assert (np.diff(reds.reshape(2, 3), axis=1) > 50).all() and (np.diff(greens.reshape(2, 3), axis=0) > 50).all()
+
+
+def test_strips_are_the_patches_of_the_port():
+    small, large = gradient(28, 42), gradient(56, 28)
+    strips, sizes = patch_strips([small, large], RULE)
+    assert sizes.tolist() == [[3, 2], [2, 4]]
+    for strip, image in zip(strips, (small, large), strict=True):
+        pixels = torch.from_numpy((np.asarray(image, np.float32) / 255 - 0.5) / 0.5).permute(2, 0, 1)
+        expected = PORT.reshape_by_patch(pixels, 14)
+        assert torch.equal(strip[..., : expected.shape[-1]], expected)
+    assert torch.equal(strips[0, ..., -14:], strips[0, ..., :14]), "the first patch is repeated"
+
+
+def test_a_very_narrow_image_is_refused():
+    with pytest.raises(DatasetError, match="5000 x 1 pixels is too narrow"):
+        cut_slices(Image.new("RGB", (5000, 1)), RULE)
+
+
+def test_some_benchmarks_enlarge_images_always_alike():
+    image = gradient(300, 200)
+    assert enlarged(image, "TextVQA_VAL") is image and enlarged(image, None) is image
+    large = enlarged(image, "OCRBench")
+    assert large.size == enlarged(image, "OCRBench").size
+    assert 300 <= large.width <= 1645 and large.height == int(large.width / 300 * 200)
+    assert len({enlarged(gradient(300 + step, 200), "OCRBench").width for step in range(5)}) > 1
+    assert enlarged(Image.new("RGB", (1344, 1344)), "OCRBench").size == (1344, 1344)
+
+
+def test_slices_give_as_many_tokens_as_the_blueprint_says():
+    blueprint = load_blueprint("minicpm-v-2.6")
+    for width, height in ((224, 224), (448, 448), (449, 448), (1000, 700), (1344, 1344), (3000, 400)):
+        tokens = 64 * len(cut_slices(Image.new("RGB", (width, height)), RULE).pictures)
+        assert tokens == visual_tokens(blueprint, height, width)
+
+
+# --- adapter ---------------------------------------------------------------------------------------------------------
+
+SPECIAL = (
+    *("<unk>", "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>", "</image>", "<slice>", "</slice>"),
+    *("<image_id>", "</image_id>"),
+)
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+TINY_PIXELS = {"max_slice_nums": 9, "scale_resolution": 16, "patch_size": 4, "image_feature_size": 4, "version": 2.6}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A random model with the files of the released repository."""
+    path = tmp_path_factory.mktemp("models") / "minicpm-v-2.6"
+    alphabet = {letter: index for index, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    core = Tokenizer(models.BPE(vocab=alphabet, merges=[]))
+    core.pre_tokenizer, core.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    core.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL])
+    names = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "unk_token": "<unk>"}
+    PreTrainedTokenizerFast(tokenizer_object=core, chat_template=CHAT_TEMPLATE, **names).save_pretrained(path)
+    config = FAMILY.tiny_config()
+    config.vocab_size = len(alphabet) + len(SPECIAL)
+    config.image_token_id = 5  # like the released config, it does not know the tokenizer's
+    model = tiny_model(replace(FAMILY, tiny_config=lambda: config), torch.float32)
+    model.save_pretrained(path)
+    colours = {"norm_mean": [0.5] * 3, "norm_std": [0.5] * 3}
+    (path / "preprocessor_config.json").write_text(json.dumps(TINY_PIXELS | colours))
+    tokenizer_config = json.loads((path / "tokenizer_config.json").read_text())
+    tokenizer_config["tokenizer_class"] = "MiniCPMVTokenizer"
+    tokenizer_config["auto_map"] = {"AutoTokenizer": ["tokenization_minicpmv_fast.MiniCPMVTokenizerFast", None]}
+    (path / "tokenizer_config.json").write_text(json.dumps(tokenizer_config))
+    return path
+
+
+@pytest.fixture(scope="module")
+def loaded(folder) -> LoadedModel:
+    return ADAPTERS[0].load(folder, "cpu", torch.float32)
+
+
+def picture(folder: Path, width: int, height: int) -> str:
+    path = folder / f"{width}x{height}.png"
+    gradient(width, height).save(path)
+    return str(path)
+
+
+def message(*parts: str) -> Message:
+    return [{"type": "image" if part.endswith(".png") else "text", "value": part} for part in parts]
+
+
+def test_registered_name(folder):
+    assert [adapter.name for adapter in ADAPTERS] == ["minicpm-v-2.6"]
+    assert ADAPTERS[0].find_weights(folder.parent) == folder
+
+
+def test_load_needs_no_remote_code_and_asks_the_tokenizer(loaded):
+    tokenizer = loaded.processor.tokenizer
+    placeholder, *terminators = tokenizer.convert_tokens_to_ids(["<unk>", "<|im_end|>", "<|endoftext|>"])
+    assert loaded.layout.image_token_id == loaded.model.config.image_token_id == placeholder == 256
+    assert loaded.model.generation_config.eos_token_id == terminators
+    assert loaded.processor.rule == SliceRule(16, 9, 4)
+    assert loaded.model.vpm.config._attn_implementation == "sdpa"
+
+
+def test_weights_load_in_half_precision(folder):
+    model = ADAPTERS[0].load(folder, "cpu", torch.bfloat16).model
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    rows, columns = sine_positions(*model.resampler.row_positions.shape)
+    torch.testing.assert_close(model.resampler.row_positions.float(), rows, atol=4e-3, rtol=0)
+    torch.testing.assert_close(model.resampler.column_positions.float(), columns, atol=4e-3, rtol=0)
+
+
+def test_prompt_is_that_of_the_released_processor(loaded, tmp_path):
+    """An image takes a line; its rows of slices take a line each, the first beside the overview."""
+    prompt = message("Look:", picture(tmp_path, 36, 24), picture(tmp_path, 12, 12), "What is it?")
+    batch = ADAPTERS[0].encode(loaded, [prompt])
+    tokens = "<unk>" * 4
+    cut = f"<slice>{tokens}</slice>"
+    expected = (
+        f"<|im_start|>user\nLook:\n<image_id>0</image_id><image>{tokens}</image>{cut}{cut}\n{cut}{cut}\n"
+        f"<image_id>1</image_id><image>{tokens}</image>\nWhat is it?<|im_end|>\n<|im_start|>assistant\n"
+    )
+    assert loaded.processor.tokenizer.decode(batch["input_ids"][0]) == expected
+    assert batch["pixel_values"].shape[:3] == (6, 3, 4)
+    assert batch["tgt_sizes"].shape == (6, 2)
+
+
+@torch.no_grad()
+def test_a_batch_is_its_rows(loaded, tmp_path):
+    prompts = [
+        message(picture(tmp_path, 36, 24), "a"),
+        message("nothing to see"),
+        message(picture(tmp_path, 9, 40), "b"),
+    ]
+    batch = ADAPTERS[0].encode(loaded, prompts, answers=["yes", "no", "so"])
+    assert (batch["attention_mask"][:, -1] == 1).all() and (batch["attention_mask"][1, 0] == 0)
+    together = loaded.model(**batch).logits[:, -1]
+    for row, (prompt, answer) in enumerate(zip(prompts, ("yes", "no", "so"), strict=True)):
+        alone = loaded.model(**ADAPTERS[0].encode(loaded, [prompt], answers=[answer])).logits[0, -1]
+        torch.testing.assert_close(together[row], alone, atol=1e-4, rtol=1e-4)
+    assert all(isinstance(answer, str) for answer in ADAPTERS[0].generate(loaded, batch, 3))
+
+
+def test_a_text_with_the_placeholder_is_refused(loaded):
+    with pytest.raises(DatasetError, match="<unk> itself"):
+        ADAPTERS[0].encode(loaded, [message("what does <unk> mean?")])
+
+
+def test_images_beyond_the_limit_of_tokens_are_refused(loaded, tmp_path):
+    with pytest.raises(DatasetError, match="first 8192 tokens"):
+        ADAPTERS[0].encode(loaded, [message("x" * 9000, picture(tmp_path, 12, 12))])

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import nn
 
+from mqbench.harness.models.adapter import LoadedModel, Message
 from mqbench.harness.models.family import Family, prompts, random_pixels
+from mqbench.harness.models.native import NativeAdapter, padded_batch
+from mqbench.harness.models.slices import TERMINATORS, VISUAL_TOKEN, SliceProcessor, load_slice_processor, patch_strips
 from mqbench.harness.models.towers import llm_tower
 from mqbench.harness.quant.layout import Attention, Block, Layout, Norm, NormKind, Part, Reader, Tower
 from mqbench.harness.quant.session import Batch
@@ -93,6 +97,77 @@ def _vision_block(config: Any, index: int) -> Block:
         mlp_norm=Norm(f"{name}.layer_norm2", (f"{name}.mlp.fc1",)),
         mlp_out=f"{name}.mlp.fc2",
     )
+
+
+# --- files and inputs ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class MiniCPMVAdapter(NativeAdapter):
+    """One registered MiniCPM-V 2.6."""
+
+    model_type = "minicpmv"
+
+    def model_class(self) -> Any:
+        from mqbench.harness.models.trees.minicpm_v import MiniCPMV
+
+        return MiniCPMV
+
+    def load_processor(self, path: Path) -> SliceProcessor:
+        return load_slice_processor(path)
+
+    def layout(self, model: nn.Module) -> Layout:
+        return minicpm_v_layout(model)
+
+    def load(self, path: Path, device: str, dtype: torch.dtype) -> LoadedModel:
+        """As ``NativeAdapter.load``; the placeholder's id and the tokens that end an answer are the tokenizer's."""
+        loaded = super().load(path, device, dtype)
+        model: Any = loaded.model
+        tokenizer = loaded.processor.tokenizer
+        model.config.image_token_id = tokenizer.convert_tokens_to_ids(VISUAL_TOKEN)
+        model.generation_config.eos_token_id = tokenizer.convert_tokens_to_ids(list(TERMINATORS))
+        return replace(loaded, layout=minicpm_v_layout(model))
+
+    def encode(self, loaded: LoadedModel, messages: Sequence[Message], answers: Sequence[str] | None = None) -> Batch:
+        """Left-padded inputs of a batch of prompts on the model's device; rows may hold any number of images.
+
+        Args:
+            loaded: From ``load``.
+            messages: One per row. An item may name its benchmark under ``"dataset"``: VLMEvalKit enlarges some images.
+            answers: One per row; their tokens follow the prompts, as in decoding.
+
+        Returns:
+            ``input_ids`` and ``attention_mask`` (B, T); with images also ``pixel_values`` (slices, 3, patch,
+            longest * patch) and ``tgt_sizes`` (slices, 2), rows and columns of patches.
+
+        Raises:
+            DatasetError: an image cannot be read or is too narrow, or a prompt holds a placeholder of its own or is so
+                long that it would lose one.
+        """
+        processor: SliceProcessor = loaded.processor
+        images = [processor.images(message) for message in messages]
+        rows = [processor.prompt_ids(*row) for row in zip(messages, images, strict=True)]
+        batch = dict(padded_batch(loaded, rows, answers, None))
+        pictures = [picture for row in images for image in row for picture in image.pictures]
+        if pictures:
+            device = batch["input_ids"].device
+            pixels, sizes = patch_strips(pictures, processor.rule)
+            batch |= {"pixel_values": pixels.to(device), "tgt_sizes": sizes.to(device)}
+        return batch
+
+
+ADAPTERS = (
+    MiniCPMVAdapter(
+        "minicpm-v-2.6",
+        "minicpm-v-2.6",
+        "put openbmb/MiniCPM-V-2_6 (config, tokenizer, preprocessor_config.json, safetensors) into "
+        "MODELS_DIR/minicpm-v-2.6 and pass --models-dir",
+        "openbmb/MiniCPM-V-2_6",
+    ),
+)
+
+
+# --- proofs without weights ------------------------------------------------------------------------------------------
 
 
 def _build(config: Any) -> nn.Module:

@@ -10,10 +10,8 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import (
     GenerationMixin,
     PretrainedConfig,
@@ -28,10 +26,9 @@ from transformers.core_model_loading import Chunk, Transpose, WeightConverter
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.models.siglip.modeling_siglip import SiglipEncoder
 
-MAX_SIDE = 1024
-"""Longest side of an image or slice in patches. The released code has no limit; its slices are about 32 x 32."""
+from mqbench.harness.models.slices import MAX_SIDE
+from mqbench.harness.models.trees.cross_attention import CrossAttention, sine_positions
 
-WAVELENGTH = 10000
 LAYER_NORM_EPS = 1e-6
 UNK_ID = 128244
 """``<unk>``, the placeholder of visual tokens, in the released tokenizer; adapters ask the tokenizer itself."""
@@ -132,29 +129,6 @@ class VisionTower(PreTrainedModel):
         return self.post_layernorm(self.encoder(hidden, attention_mask=mask).last_hidden_state)
 
 
-class CrossAttention(nn.Module):
-    """Multi-head attention of queries over patches.
-
-    Args:
-        width: Of queries, keys and values.
-        num_heads: Heads.
-    """
-
-    def __init__(self, width: int, num_heads: int) -> None:
-        super().__init__()
-        self.num_heads = num_heads
-        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(width, width) for _ in range(4))
-
-    def forward(self, queries: Tensor, keys: Tensor, values: Tensor, valid: Tensor | None = None) -> Tensor:
-        """Shapes: (B, Q, D), (B, L, D), (B, L, D), (B, L) bool or None, all valid -> (B, Q, D)."""
-        query, key, value = map(self._heads, (self.q_proj(queries), self.k_proj(keys), self.v_proj(values)))
-        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=None if valid is None else valid[:, None, None])
-        return self.out_proj(mixed.transpose(1, 2).flatten(2))
-
-    def _heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-
-
 class Resampler(nn.Module):
     """A fixed number of learned queries reads the patches of each slice.
 
@@ -196,16 +170,6 @@ class Resampler(nn.Module):
         index = index.where(valid_patches(tgt_sizes), 0)
         columns = tgt_sizes[:, 1:]
         return self.row_positions[index // columns] + self.column_positions[index % columns]
-
-
-def sine_positions(length: int, width: int) -> tuple[Tensor, Tensor]:
-    """Tables of rows and columns, (length, width) float32 each, whose sum is the 2-d sine position of a patch."""
-    quarter = width // 4
-    omega = np.arange(quarter, dtype=np.float32)
-    omega /= width / 4
-    angles = np.arange(length, dtype=np.float32)[:, None] * (1.0 / WAVELENGTH**omega)
-    waves = torch.from_numpy(np.concatenate([np.sin(angles), np.cos(angles)], axis=-1)).float()
-    return F.pad(waves, (width // 2, 0)), F.pad(waves, (0, width // 2))
 
 
 class MiniCPMV(PreTrainedModel, GenerationMixin):
