@@ -12,6 +12,8 @@ from mqbench.harness.store import RecordStore
 from mqbench.harness.table_commands import render_all
 from mqbench.harness.table_spec import spec_numbers
 
+RESULTS = Path(__file__).parents[1] / "results"
+
 
 @pytest.fixture
 def out(tmp_path: Path) -> Path:
@@ -64,3 +66,27 @@ def test_paper_check_lists_what_does_not_follow(capsys: pytest.CaptureFixture[st
     everything = capsys.readouterr().out
     assert "20.24" in short and "do not follow" in short
     assert len(everything.splitlines()) > 2 * short.count("\n")
+
+
+def test_the_page_on_backends_shows_the_committed_records(capsys: pytest.CaptureFixture[str]) -> None:
+    page = (RESULTS / "backend.md").read_text(encoding="utf-8")
+    for number, folder in ((20, "records"), (3, "backend")):
+        assert main(["table", str(number), "--format=md", f"--out={RESULTS / folder}"]) == 0
+        assert capsys.readouterr().out.strip() in page
+
+
+def test_what_the_page_on_backends_says_about_both_dtypes() -> None:
+    """All rows; in float64 every token and answer equal, in float32 within a point of what other sums do."""
+    records = [record for record in RecordStore(RESULTS / "records").load() if record.cell.task == "backend_agreement"]
+    assert {(record.cell.model, record.cell.dtype) for record in records} == {
+        (model, dtype) for model in ("standin-qwen2-vl", "standin-llama") for dtype in ("float32", "float64")
+    }
+    for record in records:
+        metrics = record.metrics
+        assert record.cell.limit is None and not record.environment["simulated_layers"]
+        if record.cell.dtype == "float64":
+            assert metrics["agreement_percent"] == metrics["same_answers_percent"] == 100
+            assert metrics["max_logit_difference"] < 1e-9
+        else:
+            assert abs(metrics["agreement_percent"] - metrics["float64_sums_agreement_percent"]) < 1
+            assert abs(metrics["answer_tokens_percent"] - metrics["float64_sums_answer_tokens_percent"]) < 1
