@@ -18,9 +18,10 @@ from transformers.conversion_mapping import register_checkpoint_conversion_mappi
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.llama.modeling_llama import LlamaRMSNorm, eager_attention_forward, rotate_half
+from transformers.models.llama.modeling_llama import LlamaRMSNorm, eager_attention_forward
 
 from mqbench.harness.models.trees.placeholders import put_features
+from mqbench.harness.models.trees.qwen_rotary import DynamicRotary, rotated
 from mqbench.harness.models.trees.qwen_vision import CONVERSIONS, VisionTransformer, init_vision_weights
 
 IMAGE_START_ID, IMAGE_END_ID, IMAGE_PAD_ID = 151857, 151858, 151859
@@ -120,12 +121,6 @@ class QWenAttention(nn.Module):
         return self.c_proj(mixed.flatten(2))
 
 
-def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding in float32 at least. Shapes: (B, heads, T, d), (B, T, d), (B, T, d) -> (B, heads, T, d)."""
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    return (wide * cos[:, None] + rotate_half(wide) * sin[:, None]).to(x.dtype)
-
-
 class QWenMLP(nn.Module):
     """``w2`` is the gate, ``w1`` what it multiplies, ``c_proj`` the way down."""
 
@@ -152,37 +147,6 @@ class QWenBlock(nn.Module):
         """Shapes: (B, T, C) -> the same; keywords are those of the attention."""
         hidden_states = hidden_states + self.attn(self.ln_1(hidden_states), **attention)
         return hidden_states + self.mlp(self.ln_2(hidden_states))
-
-
-class DynamicRotary(nn.Module):
-    """Rotary angles whose base grows with the prompt (NTK), row by row; decoding keeps the prompt's base.
-
-    Attributes:
-        alpha: (B, 1, 1) growth of the last prompt; None before any.
-    """
-
-    def __init__(self, config: QWenConfig) -> None:
-        super().__init__()
-        self.base, self.width, self.seq_length = config.rotary_emb_base, config.kv_channels, config.seq_length
-        self.is_dynamic = config.use_dynamic_ntk
-        self.alpha: Tensor | None = None
-
-    def forward(self, position_ids: Tensor, is_prompt: bool) -> tuple[Tensor, Tensor]:
-        """Cosines and sines in float32. Shapes: (B, T) -> two of (B, T, width)."""
-        if self.alpha is None or is_prompt:
-            self.alpha = self.growth(position_ids.amax(-1) + 1)[:, None, None]
-        exponents = torch.arange(0, self.width, 2, device=position_ids.device) / self.width
-        base = self.base * self.alpha ** (self.width / (self.width - 2))
-        angles = position_ids[..., None] / base**exponents
-        angles = torch.cat([angles, angles], dim=-1)
-        return angles.cos(), angles.sin()
-
-    def growth(self, lengths: Tensor) -> Tensor:
-        """1 up to ``seq_length`` tokens, 3 up to twice as many, 7 up to four times. Shapes: (B,) -> (B,)."""
-        if not self.is_dynamic:
-            return torch.ones_like(lengths, dtype=torch.float32)
-        doublings = torch.ceil(torch.log2(lengths.float() / self.seq_length) + 1)
-        return (2**doublings - 1).clamp_min(1)
 
 
 class QWenPreTrainedModel(PreTrainedModel):
@@ -212,7 +176,9 @@ class QWenModel(QWenPreTrainedModel):
         self.h = nn.ModuleList(QWenBlock(config, index) for index in range(config.num_hidden_layers))
         self.ln_f = LlamaRMSNorm(config.hidden_size, eps=config.layer_norm_epsilon)
         self.visual = VisionTransformer(config.visual)
-        self.rotary_emb = DynamicRotary(config)
+        self.rotary_emb = DynamicRotary(
+            config.rotary_emb_base, config.kv_channels, config.seq_length, config.use_dynamic_ntk
+        )
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
