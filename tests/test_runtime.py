@@ -62,7 +62,8 @@ def test_same_logits_and_tokens_by_every_way(method: str, bits: str, options: di
     runtime.reset()
     assert torch.equal(decoded(runtime, batch, NEW_TOKENS), tokens)
     assert torch.equal(generated(loaded.model, batch, NEW_TOKENS), tokens)
-    assert torch.equal(generated(loaded.model, batch, NEW_TOKENS, cache_implementation="static"), tokens)
+    if method == "mquant":
+        assert torch.equal(generated(loaded.model, batch, NEW_TOKENS, cache_implementation="static"), tokens)
 
 
 @pytest.mark.parametrize(("dtype", "largest"), [(torch.float32, 1e-5), (torch.bfloat16, 0.02)])

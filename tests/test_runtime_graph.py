@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fakes.tiny_qwen2_vl import tiny_batch, tiny_config, tiny_model
 from mqbench.harness.runtime.build import build_runtime
-from mqbench.harness.runtime.graph import WARM_UPS, PassRunner
+from mqbench.harness.runtime.graph import WARM_UPS, PassRunner, with_index
 from mqbench.harness.runtime.interface import RuntimeInputs
 from mqbench.harness.runtime.systems import SYSTEMS, Engine
 
@@ -31,6 +31,7 @@ class FakeCuda:
             "current_stream": stream,
             "stream": lambda stream: nullcontext(),
             "device": lambda device: nullcontext(),
+            "current_device": lambda: 1,
             "graph_pool_handle": lambda: (0, 1),
             "graph": self.graph,
             "memory_snapshot": lambda: [
@@ -80,6 +81,9 @@ def test_an_instrumented_pass_and_several_devices_are_not_captured(monkeypatch: 
     runner.paused = True
     assert runner("a", lambda tensors: tensors["x"], {"x": torch.ones(1)}) == 1
     assert not cuda.captures
+    assert with_index("cuda") == torch.device("cuda:1")
+    assert with_index("cuda:0") == torch.device("cuda:0")
+    assert PassRunner(Engine.GRAPH, [torch.device("cuda"), torch.device("cuda:1")]).captures  # two names of one device
     both = [torch.device("cuda:0"), torch.device("cuda:1")]
     assert not PassRunner(Engine.GRAPH, both).captures
     assert not PassRunner(Engine.EAGER, both[:1]).captures
@@ -101,6 +105,31 @@ def test_passes_leave_the_same_behind_however_often_they_run(name: str) -> None:
         cache = runtime.cache
         found.append((logits, cache.keys, cache.values, cache.position, cache.valid, cache.next_position))
     torch.testing.assert_close(found[1], found[0], rtol=0, atol=0)
+
+
+def test_a_compiler_sees_each_pass_whole() -> None:
+    """Engine ``compile`` needs passes without a graph break; Inductor itself is left out."""
+    config = tiny_config()
+    config.vision_config.depth = config.text_config.num_hidden_layers = 1
+    config.text_config.layer_types = ["full_attention"]
+    batch = RuntimeInputs.from_batch(tiny_batch(tiny_model(torch.float32), num_images=1, batch_size=2))
+    found = []
+    for runner in (Repeating(1), Traced()):
+        runtime: Any = build_runtime(config, SYSTEMS["mquant-w4a8"], device="cpu", dtype=torch.float32)
+        runtime.runner = runner
+        found.append((runtime.prefill(batch), runtime.decode(torch.tensor([3, 4]))))
+    torch.testing.assert_close(found[1], found[0], rtol=0, atol=0)
+
+
+class Traced(PassRunner):
+    """Runs what Dynamo made of each pass, and raises where it cannot follow."""
+
+    def __init__(self) -> None:
+        super().__init__(Engine.EAGER, [torch.device("cpu")])
+
+    def __call__(self, key: Any, run: Any, tensors: Mapping[str, Tensor]) -> Tensor:
+        output: Tensor = torch.compile(run, dynamic=False, fullgraph=True, backend="eager")(tensors)
+        return output
 
 
 class Repeating(PassRunner):

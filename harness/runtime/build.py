@@ -15,6 +15,7 @@ from mqbench.harness.quant.modality import ModalityContext, track_modality
 from mqbench.harness.runtime.engine import FusedRuntime
 from mqbench.harness.runtime.family import family_of
 from mqbench.harness.runtime.fuse import FusedModel, fuse, put
+from mqbench.harness.runtime.graph import with_index
 from mqbench.harness.runtime.interface import Runtime
 from mqbench.harness.runtime.plain import TransformersRuntime
 from mqbench.harness.runtime.random_source import RandomSource, RandomValues
@@ -49,10 +50,10 @@ def build_runtime(
         RequestError: the system cannot run on a device, or ``device_map`` names something else than an LLM block.
         LayoutError: the architecture has something that the runtime does not cover.
     """
-    device = torch.device(device)
     family = family_of(config)
     layout = family.layout(config)
-    places = _checked_places(device_map or {}, layout, system, device)
+    places = _checked_places(device_map or {}, layout, system, torch.device(device))
+    device = with_index(device)
     model = family.empty_model(config)
     values = RandomValues(seed)
     if system.transformers:
@@ -119,4 +120,4 @@ def _checked_places(
     for name in places:
         if name not in blocks:
             raise RequestError(f"device_map names '{name}', which is no block of the LLM; leave it out")
-    return places
+    return {name: with_index(place) for name, place in places.items()}

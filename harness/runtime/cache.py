@@ -54,6 +54,10 @@ class StaticKVCache:
         self.slots: Tensor | None = None
         self.length = 0
 
+    def fits(self, batch_size: int, num_tokens: int) -> bool:
+        """Empty, it could hold these rows of these tokens."""
+        return self.batch_size == batch_size and num_tokens <= self.num_tokens
+
     def reset(self) -> None:
         """Forgets all tokens. Old keys and values stay in memory, finite, and nobody sees them."""
         self.length = 0

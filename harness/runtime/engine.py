@@ -67,13 +67,13 @@ class FusedRuntime:
         if cache.length != prompt.past:
             raise ValueError(f"inputs were prepared behind {prompt.past} tokens, the cache holds {cache.length}")
         new = slice(cache.length, cache.length + prompt.inputs.num_tokens)
-        cache.position[:, new] = prompt.position
-        cache.valid[:, new] = prompt.valid
+        cache.position[:, new] = prompt.slots.position
+        cache.valid[:, new] = prompt.slots.valid
         logits = self.runner(prompt.key, lambda tensors: self._run_prompt(prompt, tensors), prompt.tensors)
         cache.length = new.stop
-        cache.has_padding = prompt.is_padded
-        cache.next_on_host.copy_(prompt.next_position)
-        cache.next_position.copy_(prompt.next_position)
+        cache.has_padding = prompt.slots.is_padded
+        cache.next_on_host.copy_(prompt.slots.next_on_host)
+        cache.next_position.copy_(prompt.slots.next_position)
         return logits
 
     @torch.no_grad()
@@ -124,9 +124,7 @@ class FusedRuntime:
     def _cache_for(self, inputs: RuntimeInputs) -> StaticKVCache:
         """The cache, with room for these inputs."""
         cache, needed = self.cache, inputs.num_tokens
-        if cache is None or (
-            not cache.length and (cache.batch_size, True) != (inputs.batch_size, needed <= cache.num_tokens)
-        ):
+        if cache is None or (not cache.length and not cache.fits(inputs.batch_size, needed)):
             self.reserve(inputs.batch_size, needed + DECODE_RESERVE)
         assert self.cache is not None
         if self.cache.batch_size != inputs.batch_size:

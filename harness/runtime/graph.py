@@ -37,6 +37,12 @@ class _Captured:
     output: Tensor
 
 
+def with_index(device: str | torch.device) -> torch.device:
+    """The device as its tensors call it: ``cuda`` is one of ``cuda:0``, ``cuda:1``, ..."""
+    device = torch.device(device)
+    return torch.device("cuda", torch.cuda.current_device()) if device == torch.device("cuda") else device
+
+
 class PassRunner:
     """Runs passes: eagerly, or as CUDA graphs that are captured when a key is seen first.
 
@@ -50,6 +56,7 @@ class PassRunner:
     """
 
     def __init__(self, engine: Engine, devices: Sequence[torch.device], attention: tuple[str, ...] = ()) -> None:
+        devices = [with_index(device) for device in devices]
         self.device = devices[0]
         self.on_gpu = all(device.type == "cuda" for device in devices)
         self.captures = self.on_gpu and len(set(devices)) == 1 and engine is not Engine.EAGER

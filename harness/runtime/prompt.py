@@ -21,20 +21,36 @@ PLAN = "plan."
 
 
 @dataclass(frozen=True)
+class NewSlots:
+    """What the cache knows about its slots behind a prompt.
+
+    Attributes:
+        position: (B, T) int32, original index of the token in each new slot.
+        valid: (B, T) bool, False where a new slot is padding.
+        is_padded: Some slot is padding, of this prompt or before it.
+        next_position: (B, 1) int64: what rotary embeddings count a row's next token as, less its slot.
+        next_on_host: The same in host memory.
+    """
+
+    position: Tensor
+    valid: Tensor
+    is_padded: bool
+    next_position: Tensor
+    next_on_host: Tensor
+
+
+@dataclass(frozen=True)
 class PreparedPrompt:
     """A prompt as the device runs it; it fits the cache as it was when it was prepared.
 
     Attributes:
         inputs: As given.
         past: Tokens in the cache before it.
-        tensors: What the pass reads, on the device; their shapes and ``facts`` decide what runs, their values do not.
+        tensors: What the pass reads, on the device; their shapes and ``key`` decide what runs, their values do not.
         lengths: Patches per attention window of the vision tower.
         plan: Attention under a plan, whose tensors are in ``tensors`` too; None for plain causal attention.
         num_keys: Cached keys that the plan covers; None for the chunk alone.
-        position: (B, T) int32, original index of the token in each new slot.
-        valid: (B, T) bool, False where a new slot is padding.
-        is_padded: Some slot is padding, of this prompt or before it.
-        next_position: (B, 1) int64 on the host: what rotary embeddings count a row's next token as, less its slot.
+        slots: What the cache knows afterwards.
     """
 
     inputs: RuntimeInputs
@@ -43,10 +59,7 @@ class PreparedPrompt:
     lengths: tuple[int, ...]
     plan: AttentionPlan | None
     num_keys: int | None
-    position: Tensor
-    valid: Tensor
-    is_padded: bool
-    next_position: Tensor
+    slots: NewSlots
 
     @property
     def key(self) -> Hashable:
@@ -67,57 +80,80 @@ class PreparedPrompt:
 def prepare_prompt(
     inputs: RuntimeInputs, fused: FusedModel, cache: StaticKVCache, order: Order, device: torch.device
 ) -> PreparedPrompt:
-    """Prepares a prompt behind what the cache holds. Small tensors are worked out on the host."""
-    host = RuntimeInputs(
-        inputs.input_ids.cpu(),
-        None if inputs.attention_mask is None else inputs.attention_mask.cpu(),
-        None,
-        None if inputs.image_grid_thw is None else inputs.image_grid_thw.cpu(),
-        None if inputs.mm_token_type_ids is None else inputs.mm_token_type_ids.cpu(),
-    )
-    past, (batch_size, num_tokens) = cache.length, host.input_ids.shape
-    valid = torch.ones_like(host.input_ids, dtype=torch.bool)
-    if host.attention_mask is not None:
-        valid = host.attention_mask.bool()
-        _check_padding(valid)
-    visual = torch.zeros_like(valid)
-    if fused.layout.image_token_id is not None:
-        visual = torch.eq(host.input_ids, fused.layout.image_token_id)
-    in_order = torch.arange(num_tokens).repeat(batch_size, 1)
+    """Prepares a prompt behind what the cache holds. Small tensors are worked out on the host.
+
+    Raises:
+        ValueError: ``attention_mask`` has padding elsewhere than on the left.
+    """
+    host, past = _on_host(inputs), cache.length
+    valid, visual = _valid_tokens(host), _visual_tokens(host, fused)
+    is_padded = cache.has_padding or not bool(valid.all())
     reorders = order is Order.AIFS and bool(visual.any())
-    tokens = order_of(visual, None if bool(valid.all()) else valid) if reorders else in_order
-    slots = tokens.argsort(1)  # where each token goes
+    tokens = order_of(visual, valid if is_padded else None) if reorders else _in_order(host)
     positions = fused.family.text_positions(fused.model, host) + cache.next_on_host + past
-    named = {
-        "ids": host.input_ids.gather(1, tokens),
-        "positions": positions.gather(2, tokens.expand_as(positions)),
-        "last": torch.arange(batch_size) * num_tokens + slots[:, -1],
-        "slots": torch.arange(past, past + num_tokens),
-    }
-    rows = torch.arange(batch_size)[:, None] * num_tokens + slots
+    named = _placed(host, tokens, positions, past)
     if bool(visual.any()):
-        named |= _visual_rows(visual, rows, tokens, order)
-    ends = positions.amax(0).masked_fill(~valid, 0).amax(1, keepdim=True) + 1
+        named |= _visual_rows(visual, tokens, order)
     tensors = {name: x.to(device) for name, x in named.items()}
     lengths = _add_pixels(tensors, inputs, host, fused, device)
     position, placed = (past + tokens).int().to(device), valid.gather(1, tokens).to(device)
-    is_padded = cache.has_padding or not bool(valid.all())
     plan, num_keys = _plan(cache, position, placed if is_padded else None, is_plain=not (reorders or past or is_padded))
     if plan is not None:
         tensors |= {f"{PLAN}{index}": x for index, x in enumerate(plan_tensors(plan))}
-    next_position = ends - past - num_tokens
-    return PreparedPrompt(inputs, past, tensors, lengths, plan, num_keys, position, placed, is_padded, next_position)
+    ends = positions.amax(0).masked_fill(~valid, 0).amax(1, keepdim=True) + 1
+    following = ends - past - host.num_tokens
+    state = NewSlots(position, placed, is_padded, following.to(device), following)
+    return PreparedPrompt(inputs, past, tensors, lengths, plan, num_keys, state)
 
 
-def _check_padding(valid: Tensor) -> None:
+def _on_host(inputs: RuntimeInputs) -> RuntimeInputs:
+    """All but the pixels, in host memory."""
+    host: dict[str, Tensor] = {name: x.cpu() for name, x in inputs.as_batch().items() if name != "pixel_values"}
+    return RuntimeInputs(**host)
+
+
+def _valid_tokens(host: RuntimeInputs) -> Tensor:
+    """(B, T) bool, False at padding."""
+    if host.attention_mask is None:
+        return torch.ones_like(host.input_ids, dtype=torch.bool)
+    valid = host.attention_mask.bool()
     if not bool((valid[:, 1:] >= valid[:, :-1]).all()) or not bool(valid[:, -1].all()):
         raise ValueError("attention_mask must pad on the left and nowhere else, so that each row's last token is real")
+    return valid
 
 
-def _visual_rows(visual: Tensor, rows: Tensor, tokens: Tensor, order: Order) -> dict[str, Tensor]:
+def _visual_tokens(host: RuntimeInputs, fused: FusedModel) -> Tensor:
+    """(B, T) bool, True at image placeholders."""
+    if fused.layout.image_token_id is None:
+        return torch.zeros_like(host.input_ids, dtype=torch.bool)
+    return torch.eq(host.input_ids, fused.layout.image_token_id)
+
+
+def _in_order(host: RuntimeInputs) -> Tensor:
+    """(B, T): every token where it stands."""
+    return torch.arange(host.num_tokens).repeat(host.batch_size, 1)
+
+
+def _placed(host: RuntimeInputs, tokens: Tensor, positions: Tensor, past: int) -> dict[str, Tensor]:
+    """Tokens and their rotary positions in the order of processing, the row of each last one, slots of the cache."""
+    return {
+        "ids": host.input_ids.gather(1, tokens),
+        "positions": positions.gather(2, tokens.expand_as(positions)),
+        "last": _rows_of(tokens)[:, -1],
+        "slots": torch.arange(past, past + host.num_tokens),
+    }
+
+
+def _rows_of(tokens: Tensor) -> Tensor:
+    """(B, T): the flat row, in the order of processing, of each token."""
+    batch_size, num_tokens = tokens.shape
+    return torch.arange(batch_size)[:, None] * num_tokens + tokens.argsort(1)
+
+
+def _visual_rows(visual: Tensor, tokens: Tensor, order: Order) -> dict[str, Tensor]:
     """Where visual features go, and each row's modality; flat row indices in the order of processing."""
     index = visual.gather(1, tokens).reshape(-1).to(torch.uint8)
-    named = {"feature_rows": rows[visual], "row_index": index}
+    named = {"feature_rows": _rows_of(tokens)[visual], "row_index": index}
     if order is Order.SLICED:
         named["text_rows"], named["visual_rows"] = slices_of(index)
     return named
