@@ -4,15 +4,19 @@ by modality, so each linear has one static scale: modality-specific quantization
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path as FilePath
 from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import nn
 
+from mqbench.harness.models.adapter import LoadedModel
 from mqbench.harness.models.eva_clip import patch_embed, projector, vision_tower
 from mqbench.harness.models.family import Family, prompts, random_pixels
+from mqbench.harness.models.one_image import OneImageAdapter, encode_plain
 from mqbench.harness.models.towers import HEAD
+from mqbench.harness.models.weights import CONFIG_FILE
 from mqbench.harness.quant.layout import Attention, Block, Layout, Modality, Norm, NormKind, Part, Path, Tower
 from mqbench.harness.quant.session import Batch
 
@@ -21,6 +25,9 @@ VISUAL, TEXT = "model.vision", "model"
 
 EXPERTS: Mapping[str, Modality] = MappingProxyType({"language": Modality.TEXT, "vision": Modality.VISUAL})
 """Prefixes of the experts' modules."""
+
+PROMPT = "Question: {} Answer:"
+"""The released code's, for ``template_version`` chat."""
 
 
 def cogvlm2_layout(model_or_config: nn.Module | Any) -> Layout:
@@ -80,6 +87,47 @@ def _path(config: Any, block: str, prefix: str, modality: Modality) -> Path:
         mlp_up=f"{mlp}.up_proj",
         modality=modality,
     )
+
+
+class CogVLM2Adapter(OneImageAdapter):
+    """CogVLM2 with LLaMA-3."""
+
+    model_type = "cogvlm"
+    needed = ((CONFIG_FILE,), ("tokenizer.json",))
+
+    def model_class(self) -> Any:
+        from mqbench.harness.models.trees.cogvlm2 import CogVLMForCausalLM
+
+        return CogVLMForCausalLM
+
+    def load_tokenizer(self, path: FilePath) -> Any:
+        from transformers import PreTrainedTokenizerFast
+
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(path, local_files_only=True)
+        # The released code pads with the placeholder of visual tokens.
+        tokenizer.pad_token = tokenizer.eos_token
+        return tokenizer
+
+    def layout(self, model: nn.Module) -> Layout:
+        return cogvlm2_layout(model)
+
+    def prompt_ids(self, loaded: LoadedModel, text: str, has_image: bool) -> list[int]:
+        config: Any = loaded.model.config
+        tokenizer = loaded.processor.tokenizer
+        visual = [config.image_token_id] * (1 + loaded.processor.num_patches)
+        image = [*visual, config.eoi_token_id] if has_image else []
+        return [tokenizer.bos_token_id, *image, *encode_plain(tokenizer, PROMPT.format(text))]
+
+
+ADAPTERS: tuple[CogVLM2Adapter, ...] = (
+    CogVLM2Adapter(
+        "cogvlm2",
+        None,
+        "put THUDM/cogvlm2-llama3-chat-19B (config, tokenizer, safetensors) into MODELS_DIR/cogvlm2 and pass "
+        "--models-dir",
+        "THUDM/cogvlm2-llama3-chat-19B",
+    ),
+)
 
 
 def _build(config: Any) -> nn.Module:

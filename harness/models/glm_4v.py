@@ -3,21 +3,45 @@ ChatGLM as LLM, with fused qkv and fused gate and up."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import nn
 
+from mqbench.harness.errors import MissingWeightsError
+from mqbench.harness.models.adapter import LoadedModel
 from mqbench.harness.models.eva_clip import patch_embed, projector, vision_tower
 from mqbench.harness.models.family import Family, prompts, random_pixels
+from mqbench.harness.models.one_image import OneImageAdapter, encode_plain
+from mqbench.harness.models.tiktoken_file import read_tokenizer
+from mqbench.harness.models.weights import CONFIG_FILE
 from mqbench.harness.quant.layout import Attention, Block, Layout, Norm, NormKind, Part, Tower
 from mqbench.harness.quant.session import Batch
 
 FAMILY_NAME = "glm_4v"
 VISUAL, TEXT = "transformer.vision", "transformer.encoder"
 EMBEDDING, HEAD = "transformer.embedding.word_embeddings", "transformer.output_layer"
+
+TOKEN_FILE, TOKEN_CONFIG = "tokenizer.model", "tokenizer_config.json"
+TOKEN_PATTERN = "|".join(
+    (
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)",
+        r"[^\r\n\p{L}\p{N}]?\p{L}+",
+        r"\p{N}{1,3}",
+        r" ?[^\s\p{L}\p{N}]+[\r\n]*",
+        r"\s*[\r\n]+",
+        r"\s+(?!\S)",
+        r"\s+",
+    )
+)
+"""Of the released tokenization_chatglm.py; the file itself holds only ranks."""
+
+BEFORE, AFTER = ("[gMASK]", "<sop>", "<|user|>"), "<|assistant|>"
+END = "<|endoftext|>"
 
 
 def glm_4v_layout(model_or_config: nn.Module | Any) -> Layout:
@@ -60,6 +84,55 @@ def _block(config: Any, index: int) -> Block:
         mlp_norm=Norm(f"{name}.post_attention_layernorm", (f"{mlp}.dense_h_to_4h",)),
         mlp_out=f"{mlp}.dense_4h_to_h",
     )
+
+
+class GLM4VAdapter(OneImageAdapter):
+    """GLM-4V-9B. Its tokenizer, remote code elsewhere, is read from its file."""
+
+    model_type = "chatglm"
+    needed = ((CONFIG_FILE,), (TOKEN_FILE,), (TOKEN_CONFIG,))
+
+    def model_class(self) -> Any:
+        from mqbench.harness.models.trees.glm_4v import ChatGLMForConditionalGeneration
+
+        return ChatGLMForConditionalGeneration
+
+    def load_tokenizer(self, path: Path) -> Any:
+        special = _special_tokens(path / TOKEN_CONFIG, self.how_to_get)
+        roles = {"eos_token": END, "pad_token": END}
+        return read_tokenizer(path / TOKEN_FILE, TOKEN_PATTERN, special, self.how_to_get, **roles)
+
+    def layout(self, model: nn.Module) -> Layout:
+        return glm_4v_layout(model)
+
+    def prompt_ids(self, loaded: LoadedModel, text: str, has_image: bool) -> list[int]:
+        config: Any = loaded.model.config
+        tokenizer = loaded.processor.tokenizer
+        patches = [config.image_token_id] * loaded.processor.num_patches
+        image = [config.boi_token_id, *patches, config.eoi_token_id] if has_image else []
+        before, after = tokenizer.convert_tokens_to_ids(list(BEFORE)), tokenizer.convert_tokens_to_ids(AFTER)
+        return [*before, *encode_plain(tokenizer, "\n"), *image, *encode_plain(tokenizer, text), after]
+
+    def answer_text(self, answer: str) -> str:
+        return f"\n{answer}"
+
+
+def _special_tokens(file: Path, how_to_get: str) -> list[str]:
+    try:
+        tokens = json.loads(file.read_text(encoding="utf-8"))["added_tokens_decoder"]
+        return [tokens[key]["content"] for key in sorted(tokens, key=int)]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise MissingWeightsError(f"'{file}' names no special tokens ({error!r}); {how_to_get}") from None
+
+
+ADAPTERS: tuple[GLM4VAdapter, ...] = (
+    GLM4VAdapter(
+        "glm-4v-9b",
+        "glm-4v-9b",
+        "put THUDM/glm-4v-9b (config, tokenizer, safetensors) into MODELS_DIR/glm-4v-9b and pass --models-dir",
+        "THUDM/glm-4v-9b",
+    ),
+)
 
 
 def _build(config: Any) -> nn.Module:

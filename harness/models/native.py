@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,8 @@ from mqbench.harness.models.adapter import LoadedModel, Message
 from mqbench.harness.models.decoding import greedy_answers, left_padded
 from mqbench.harness.models.weights import (
     CONFIG_FILE,
+    MULTIMODAL_FILES,
+    FileChoices,
     check_complete,
     check_finite_weights,
     find_folder,
@@ -40,7 +42,10 @@ class NativeAdapter(ABC):
         repo_id: Its Hugging Face repository.
         attn_implementation: The attention that it runs with.
         max_new_tokens: Longest answer in tokens, where benchmarks allow more; None for the benchmarks' own limit.
+        needed: What its folder must hold beside weights.
     """
+
+    needed: ClassVar[FileChoices] = MULTIMODAL_FILES
 
     name: str
     paper_name: str | None
@@ -72,7 +77,7 @@ class NativeAdapter(ABC):
 
     def find_weights(self, models_dir: Path | None) -> Path | None:
         """``models_dir/NAME``; or the snapshot in the Hugging Face cache; or None."""
-        return find_folder(self.name, self.repo_id, Path(), models_dir)
+        return find_folder(self.name, self.repo_id, Path(), models_dir, self.needed)
 
     def load(self, path: Path, device: str, dtype: torch.dtype) -> LoadedModel:
         """Loads weights and processor from local files.
@@ -82,7 +87,7 @@ class NativeAdapter(ABC):
             MissingWeightsError: the folder holds another family, lacks a file or a weight, or a file cannot be read.
             NonFiniteError: a weight is NaN or Inf.
         """
-        check_complete(path, self.how_to_get)
+        check_complete(path, self.how_to_get, self.needed)
         check_model_type(path, self.model_type, self.how_to_get)
         model = from_pretrained(self.model_class(), path, dtype, self.attn_implementation, self.how_to_get)
         check_finite_weights(model)

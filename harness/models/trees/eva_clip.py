@@ -49,9 +49,10 @@ class PatchEmbedding(nn.Module):
         self.position_embedding = nn.Embedding(config.num_positions, config.hidden_size)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        patches = self.proj(pixels).flatten(2).transpose(1, 2)
+        positions = self.position_embedding.weight
+        patches = self.proj(pixels.to(positions.dtype)).flatten(2).transpose(1, 2)
         cls = self.cls_embedding.expand(len(patches), -1, -1)
-        return torch.cat([cls, patches], dim=1) + self.position_embedding.weight
+        return torch.cat([cls, patches], dim=1) + positions
 
 
 class Attention(nn.Module):
