@@ -35,6 +35,8 @@ app = typer.Typer(
 
 paper = typer.Typer(no_args_is_help=True, help="The paper's own numbers: do they follow from each other?")
 app.add_typer(paper, name="paper")
+models_group = typer.Typer(invoke_without_command=True)
+app.add_typer(models_group, name="models")
 app.add_typer(bench, name="bench")
 app.add_typer(sweep, name="sweep")
 app.command()(gate)
@@ -280,8 +282,9 @@ def check(
     run_paper_check(style, everything, terminal_width())
 
 
-@app.command()
+@models_group.callback()
 def models(
+    context: typer.Context,
     models_dir: ModelsDir = None,
     size: Annotated[bool, typer.Option("--size", help="Parameters and FLOPs of the paper's models instead.")] = False,
 ) -> None:
@@ -292,7 +295,11 @@ def models(
       mqbench models
 
       mqbench models --size
+
+      mqbench models check qwen2-vl-7b
     """
+    if context.invoked_subcommand is not None:
+        return None
     if size:
         from mqbench.harness.blueprint_records import list_sizes
 
@@ -300,6 +307,40 @@ def models(
     from mqbench.harness.listing import list_models
 
     list_models(models_dir)
+
+
+@models_group.command("check")
+def check_models(
+    context: typer.Context,
+    name: Annotated[str, typer.Argument(help="A registered model, a family, or all: every family.")],
+    models_dir: ModelsDir = None,
+    every: Annotated[bool, typer.Option("--every", help="One line per proof, also for those that hold.")] = False,
+) -> None:
+    """Prove that a model's layout, all that a method knows of a model, says the truth; needs no weights.
+
+    names, shapes: every linear is quantized or a written exception, all widths of the released sizes fit.
+
+    files: so does the model of the config.json that is on this machine.
+
+    exact: each method's transforms leave the float64 outputs of a tiny random model as they are.
+
+    runs: each method at each bit setting quantizes it, and outputs are finite.
+
+    Exit code 1: a proof fails, and the table says what is wrong; 2: no such model or family.
+
+    Examples:
+
+      mqbench models check qwen2-vl-7b
+
+      mqbench models check llava --every
+
+      mqbench models check all
+    """
+    from mqbench.harness.models.check_command import run_checks
+
+    assert context.parent is not None
+    if not run_checks(name, models_dir or context.parent.params["models_dir"], every):
+        raise typer.Exit(EXIT_FAILED_CELLS)
 
 
 @app.command()

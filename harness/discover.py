@@ -93,6 +93,28 @@ def all_families() -> Registry:
     return _collect(FAMILY_GROUP, lambda point: [_load_family(point)])
 
 
+def family_of(model: str) -> Family:
+    """The family of a registered model: the one that lists it in ``configs``, or that stands in the same module.
+
+    Raises:
+        UnknownNameError: no such model.
+        PluginError: no healthy family has it, so nothing can be proved.
+    """
+    find_model(model)
+    registry = all_families()
+    for family in registry.found.values():
+        if model in family.configs:
+            return cast("Family", family)
+    home = {point.module for point in registered(MODEL_GROUP) if model in _names_of(point)}
+    for point in registered(FAMILY_GROUP):
+        if point.module in home:
+            return cast("Family", _load_family(point))
+    broken = f"; also, {registry.broken[0]}" if registry.broken else ""
+    raise PluginError(
+        f"no family of group '{FAMILY_GROUP}' lists model '{model}' in its configs; register one to prove it{broken}"
+    )
+
+
 def method_version(method: Quantizer) -> str:
     """Version that the method declares as ``version``; part of every cell's key."""
     return str(getattr(method, "version", "1"))
@@ -132,6 +154,13 @@ def _load_adapters(point: EntryPoint) -> list[Any]:
     for adapter in listed:
         _require(point, adapter, ADAPTER_NEEDS)
     return listed
+
+
+def _names_of(point: EntryPoint) -> set[str]:
+    try:
+        return {adapter.name for adapter in _load_adapters(point)}
+    except PluginError:  # told by whoever lists models
+        return set()
 
 
 def _load(point: EntryPoint) -> Any:

@@ -77,5 +77,10 @@ def _task_state(name: str, data_dir: Path | None) -> tuple[str, str]:
 def _print(table: Table, broken: Sequence[PluginError]) -> None:
     console = Console() if sys.stdout.isatty() else Console(width=PIPE_WIDTH)
     console.print(table, markup=False)
+    warn_of_broken(broken)
+
+
+def warn_of_broken(broken: Sequence[PluginError]) -> None:
+    """One line per broken plug-in."""
     for error in broken:
         Console(stderr=True).print(f"warning: {error}", markup=False, highlight=False, soft_wrap=True)

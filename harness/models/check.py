@@ -86,6 +86,16 @@ def outcome_of(proof: Proof) -> Outcome:
         return Outcome(proof.name, False, str(error))
 
 
+def check_layout(layout: Layout, model: nn.Module) -> None:
+    """Every name, every linear and every width.
+
+    Raises:
+        LayoutError: names what is wrong.
+    """
+    layout.check(model)
+    check_shapes(layout, model)
+
+
 def check_shapes(layout: Layout, model: nn.Module) -> None:
     """Widths of everything that the layout names fit together.
 
@@ -147,8 +157,7 @@ def _expect(name: str, what: str, found: int, wanted: int) -> None:
 def _names(family: Family) -> str:
     model = tiny_model(family, torch.float32)
     layout = family.layout(model)
-    layout.check(model)
-    check_shapes(layout, model)
+    check_layout(layout, model)
     if layout != family.layout(family.tiny_config()):
         raise LayoutError("the layout of the model differs from that of its config")
     return f"{len(layout.quantized_linears())} linears to quantize, {len(layout.unquantized)} exceptions"
@@ -158,8 +167,7 @@ def _released(family: Family, config: Callable[[], Any]) -> str:
     with torch.device("meta"):
         model = family.build(config())
     layout = family.layout(model)
-    layout.check(model)
-    check_shapes(layout, model)
+    check_layout(layout, model)
     return f"{sum(parameter.numel() for parameter in model.parameters()) / 1e9:.2f} billion parameters"
 
 
