@@ -65,17 +65,19 @@ class PromptWrapper:
     settings: Mapping[str, Any] = field(default_factory=dict)
 
 
+INTERNVL = PromptWrapper(
+    "vlmeval.vlm.internvl.internvl_chat",
+    "InternVLChat",
+    MappingProxyType({"_use_custom_prompt": True, "use_mpo_prompt": False, "use_cot": False}),
+)
 PROMPT_WRAPPERS: Mapping[str, PromptWrapper] = MappingProxyType(
     {
         "qwen2_vl": PromptWrapper(
             "vlmeval.vlm.qwen2_vl.prompt", "Qwen2VLPromptMixin", MappingProxyType({"_use_custom_prompt": True})
         ),
         "llava": PromptWrapper("vlmeval.vlm.llava.llava", "LLaVA"),
-        "internvl": PromptWrapper(
-            "vlmeval.vlm.internvl.internvl_chat",
-            "InternVLChat",
-            MappingProxyType({"_use_custom_prompt": True, "use_mpo_prompt": False, "use_cot": False}),
-        ),
+        "internvl": INTERNVL,
+        "internvl2": INTERNVL,
         "minicpm_v": PromptWrapper("vlmeval.vlm.minicpm_v", "MiniCPM_V_2_6"),
     }
 )

@@ -150,7 +150,7 @@ class InternVLAdapter(NativeAdapter):
 
     def visual_tokens(self, processor: Any, height_px: int, width_px: int, dataset: str | None = None) -> int:
         """Visual tokens of one image of that size, alone in its prompt."""
-        tiles = num_tiles(height_px, width_px, _tile_px(processor.image_processor), _max_tiles(dataset, 1))
+        tiles = num_tiles(height_px, width_px, _tile_px(processor.image_processor), max_tiles(dataset, 1))
         return tiles * processor.image_seq_length
 
 
@@ -185,10 +185,11 @@ def _prompt_ids(processor: Any, message: Message, images: Sequence[Sequence[Any]
 def _tiles_of_row(image_processor: Any, message: Message) -> list[list[Any]]:
     images = [item for item in message if item["type"] == "image"]
     side = _tile_px(image_processor)
-    return [load_tiles(item["value"], side, _max_tiles(item.get("dataset"), len(images))) for item in images]
+    return [load_tiles(item["value"], side, max_tiles(item.get("dataset"), len(images))) for item in images]
 
 
-def _max_tiles(dataset: str | None, num_images: int) -> int:
+def max_tiles(dataset: str | None, num_images: int) -> int:
+    """VLMEvalKit's limit of one image's tiles, given its benchmark and how many images its prompt has."""
     return max(1, min(MAX_TILES_BY_DATASET.get(dataset or "", MAX_TILES), MAX_TILES_OF_ROW // num_images))
 
 

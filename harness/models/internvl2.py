@@ -3,15 +3,26 @@ the four joined vectors, a two-layer projector, InternLM2 with interleaved queri
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+import numpy as np
 import torch
-from torch import nn
+from PIL import Image
+from torch import Tensor, nn
 
+from mqbench.harness.models.adapter import LoadedModel, Message
 from mqbench.harness.models.family import Family, prompts, random_pixels
+from mqbench.harness.models.internvl import END, MARK, join_items, max_tiles
+from mqbench.harness.models.native import NativeAdapter, padded_batch
+from mqbench.harness.models.sentencepiece_file import CONFIG_FILE as TOKENIZER_CONFIG
+from mqbench.harness.models.sentencepiece_file import MODEL_FILE, SentencePieceTokenizer
+from mqbench.harness.models.tiles import load_tiles, num_tiles
+from mqbench.harness.models.weights import CONFIG_FILE
 from mqbench.harness.quant.layout import Attention, Block, Layout, Norm, NormKind, Part, Tower
 from mqbench.harness.quant.session import Batch
 
@@ -91,6 +102,121 @@ def _vision_block(config: Any, index: int) -> Block:
         attention_scale=f"{name}.ls1",
         mlp_scale=f"{name}.ls2",
     )
+
+
+SYSTEM = "你是由上海人工智能实验室联合商汤科技开发的书生多模态大模型，英文名叫InternVL, 是一个有用无害的人工智能助手。"  # noqa: RUF001
+CHAT = f"<|im_start|>system\n{SYSTEM}<|im_end|><|im_start|>user\n{{question}}<|im_end|><|im_start|>assistant\n"
+"""The conversation of the models' own ``chat``, which VLMEvalKit calls (template ``internlm2-chat``)."""
+START, PLACEHOLDER, STOP = "<img>", "<IMG_CONTEXT>", "</img>"
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True)
+class TileProcessor:
+    """What the released processor, which is remote code, knows.
+
+    Attributes:
+        tokenizer: InternLM2's with a few more tokens.
+        tile_px: Side of a tile.
+        tokens_per_tile: Visual tokens.
+    """
+
+    tokenizer: SentencePieceTokenizer
+    tile_px: int
+    tokens_per_tile: int
+
+    def prompt_ids(self, message: Message, tile_counts: Sequence[int]) -> list[int]:
+        """Token ids of a prompt, given the number of tiles of each of its images."""
+        question, *texts = join_items(message, MARK).split(MARK)
+        for count, text in zip(tile_counts, texts, strict=True):
+            question += f"{START}{PLACEHOLDER * (self.tokens_per_tile * count)}{STOP}{text}"
+        return self.tokenizer(CHAT.format(question=question))["input_ids"]
+
+
+class InternVL2Adapter(NativeAdapter):
+    """InternVL2 with InternLM2. Its tokenizer, remote code elsewhere, is read from its file."""
+
+    model_type = "internvl_chat"
+    needed = ((CONFIG_FILE,), (MODEL_FILE,), (TOKENIZER_CONFIG,))
+
+    def model_class(self) -> Any:
+        from mqbench.harness.models.trees.internvl2 import InternVLChatModel
+
+        return InternVLChatModel
+
+    def load_processor(self, path: Path) -> TileProcessor:
+        config = self.model_class().config_class.from_pretrained(path, local_files_only=True)
+        tile_px = config.vision_config.image_size
+        side = round(tile_px // config.vision_config.patch_size * config.downsample_ratio)
+        return TileProcessor(SentencePieceTokenizer(path, self.how_to_get), tile_px, side**2)
+
+    def layout(self, model: nn.Module) -> Layout:
+        return internvl2_layout(model)
+
+    def load(self, path: Path, device: str, dtype: torch.dtype) -> LoadedModel:
+        """As ``NativeAdapter.load``; the placeholder's id and the token that ends an answer are the tokenizer's."""
+        loaded = super().load(path, device, dtype)
+        model: Any = loaded.model
+        model.config.image_token_id = loaded.processor.tokenizer.convert_tokens_to_ids(PLACEHOLDER)
+        model.generation_config.eos_token_id = loaded.processor.tokenizer.convert_tokens_to_ids(END)
+        return replace(loaded, layout=internvl2_layout(model))
+
+    def encode(self, loaded: LoadedModel, messages: Sequence[Message], answers: Sequence[str] | None = None) -> Batch:
+        """Left-padded inputs of a batch of prompts on the model's device; rows may hold any number of images.
+
+        Images are cut into tiles as VLMEvalKit's wrapper does.
+
+        Args:
+            loaded: From ``load``.
+            messages: One per row. An item may name its benchmark under ``"dataset"``, for VLMEvalKit's tile limits.
+            answers: One per row; their tokens follow the prompts, as in decoding.
+
+        Returns:
+            ``input_ids`` and ``attention_mask`` (B, T); with images also ``pixel_values`` (tiles, 3, side, side).
+
+        Raises:
+            DatasetError: an image cannot be read.
+        """
+        processor: TileProcessor = loaded.processor
+        images = [_tiles_of_row(processor, message) for message in messages]
+        rows = [
+            processor.prompt_ids(message, [len(tiles) for tiles in row])
+            for message, row in zip(messages, images, strict=True)
+        ]
+        pixels = [_normalized(tile) for row in images for tiles in row for tile in tiles]
+        return padded_batch(loaded, rows, answers, torch.stack(pixels) if pixels else None)
+
+    def visual_tokens(self, processor: Any, height_px: int, width_px: int, dataset: str | None = None) -> int:
+        """Visual tokens of one image of that size, alone in its prompt."""
+        return num_tiles(height_px, width_px, processor.tile_px, max_tiles(dataset, 1)) * processor.tokens_per_tile
+
+
+def _tiles_of_row(processor: TileProcessor, message: Message) -> list[list[Image.Image]]:
+    items = [item for item in message if item["type"] == "image"]
+    limits = [max_tiles(item.get("dataset"), len(items)) for item in items]
+    return [load_tiles(item["value"], processor.tile_px, limit) for item, limit in zip(items, limits, strict=True)]
+
+
+def _normalized(tile: Image.Image) -> Tensor:
+    """(3, side, side) float32."""
+    pixels = torch.from_numpy(np.array(tile, dtype=np.float32)).permute(2, 0, 1) / 255
+    return (pixels - torch.tensor(IMAGENET_MEAN)[:, None, None]) / torch.tensor(IMAGENET_STD)[:, None, None]
+
+
+ADAPTERS: tuple[InternVL2Adapter, ...] = (
+    InternVL2Adapter(
+        "internvl2-8b",
+        "internvl2-8b",
+        "put OpenGVLab/InternVL2-8B (config, tokenizer.model, tokenizer_config.json, safetensors) into "
+        "MODELS_DIR/internvl2-8b and pass --models-dir",
+        "OpenGVLab/InternVL2-8B",
+    ),
+)
+
+
+# --- proofs without weights ------------------------------------------------------------------------------------------
 
 
 def _build(config: Any) -> nn.Module:

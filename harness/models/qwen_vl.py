@@ -3,16 +3,24 @@ the last, queries, keys and values interleaved by head), a resampler of 256 quer
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import unicodedata
+from collections.abc import Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import nn
 
+from mqbench.harness.models.adapter import LoadedModel, Message
 from mqbench.harness.models.family import Family, prompts, random_pixels
+from mqbench.harness.models.native import NativeAdapter, padded_batch
+from mqbench.harness.models.one_image import TextProcessor, encode_plain, square_pixels
+from mqbench.harness.models.pixels import open_rgb
+from mqbench.harness.models.tiktoken_file import read_tokenizer
 from mqbench.harness.models.towers import HEAD
+from mqbench.harness.models.weights import CONFIG_FILE
 from mqbench.harness.quant.layout import Attention, Block, Layout, Norm, NormKind, Part, Reader, Tower
 from mqbench.harness.quant.session import Batch
 
@@ -118,6 +126,119 @@ def _text_block(config: Any, name: str) -> Block:
     )
 
 
+TOKEN_FILE = "qwen.tiktoken"
+TOKEN_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+"""Of the released tokenization_qwen.py; the file itself holds only ranks."""
+
+END_OF_TEXT, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
+SPECIAL_TOKENS = (
+    *(END_OF_TEXT, TURN_START, TURN_END),
+    *(f"<|extra_{number}|>" for number in range(205)),
+    *("<ref>", "</ref>", "<box>", "</box>", "<quad>", "</quad>", "<img>", "</img>", "<imgpad>"),
+)
+"""Their ids follow the ranks in this order."""
+
+SYSTEM = "You are a helpful assistant."
+
+
+class QwenVLAdapter(NativeAdapter):
+    """Qwen-VL-Chat. Its tokenizer, remote code elsewhere, is read from its file."""
+
+    model_type = "qwen"
+    needed = ((CONFIG_FILE,), (TOKEN_FILE,))
+
+    def model_class(self) -> Any:
+        from mqbench.harness.models.trees.qwen_vl import QWenLMHeadModel
+
+        return QWenLMHeadModel
+
+    def load_processor(self, path: Path) -> TextProcessor:
+        visual = self.model_class().config_class.from_pretrained(path, local_files_only=True).visual
+        roles = {"eos_token": END_OF_TEXT, "pad_token": END_OF_TEXT}
+        tokenizer = read_tokenizer(path / TOKEN_FILE, TOKEN_PATTERN, SPECIAL_TOKENS, self.how_to_get, **roles)
+        return TextProcessor(tokenizer, visual["image_size"], visual["n_queries"])
+
+    def layout(self, model: nn.Module) -> Layout:
+        return qwen_vl_layout(model)
+
+    def load(self, path: Path, device: str, dtype: torch.dtype) -> LoadedModel:
+        """As ``NativeAdapter.load``; an answer ends where its turn does."""
+        loaded = super().load(path, device, dtype)
+        model: Any = loaded.model
+        ends = [END_OF_TEXT, TURN_END, TURN_START]
+        model.generation_config.eos_token_id = loaded.processor.tokenizer.convert_tokens_to_ids(ends)
+        return loaded
+
+    def encode(self, loaded: LoadedModel, messages: Sequence[Message], answers: Sequence[str] | None = None) -> Batch:
+        """Left-padded inputs of a batch of prompts on the model's device; rows may hold any number of images.
+
+        Args:
+            loaded: From ``load``.
+            messages: One per row.
+            answers: One per row; their tokens follow the prompts, as in decoding.
+
+        Returns:
+            ``input_ids`` and ``attention_mask`` (B, T); with images also ``pixel_values`` (images, 3, side, side).
+
+        Raises:
+            DatasetError: an image cannot be read.
+        """
+        rows = [_prompt_ids(loaded, message) for message in messages]
+        paths = [item["value"] for message in messages for item in message if item["type"] == "image"]
+        pixels = [square_pixels(open_rgb(path), loaded.processor.image_px) for path in paths]
+        return padded_batch(loaded, rows, answers, torch.stack(pixels) if pixels else None)
+
+    def visual_tokens(self, processor: Any, height_px: int = 1, width_px: int = 1, dataset: str | None = None) -> int:
+        """Visual tokens of one image: the same for every size."""
+        return processor.num_patches
+
+
+def _prompt_ids(loaded: LoadedModel, message: Message) -> list[int]:
+    """The conversation of the model's own ``chat``, which VLMEvalKit calls."""
+    tokenizer = loaded.processor.tokenizer
+    start, end = tokenizer.convert_tokens_to_ids([TURN_START, TURN_END])
+    line_end = encode_plain(tokenizer, "\n")
+
+    def turn(role: str, content: list[int]) -> list[int]:
+        return [start, *encode_plain(tokenizer, role), *line_end, *content]
+
+    system, user = turn("system", encode_plain(tokenizer, SYSTEM)), turn("user", _content_ids(loaded, message))
+    return [*system, end, *line_end, *user, end, *line_end, *turn("assistant", [])]
+
+
+def _content_ids(loaded: LoadedModel, message: Message) -> list[int]:
+    """Texts one behind the other; images numbered, each in a line of its own."""
+    config: Any = loaded.model.config
+    processor = loaded.processor
+    image_start = config.visual["image_start_id"]
+    image = [image_start, *[config.image_token_id] * processor.num_patches, image_start + 1]
+    ids, text, num_images = list[int](), "", 0
+    for item in message:
+        if item["type"] == "text":
+            text += unicodedata.normalize("NFC", item["value"])
+            continue
+        num_images += 1
+        ids += [*encode_plain(processor.tokenizer, f"{text}Picture {num_images}: "), *image]
+        text = "\n"
+    return [*ids, *encode_plain(processor.tokenizer, text)]
+
+
+ADAPTERS: tuple[QwenVLAdapter, ...] = (
+    QwenVLAdapter(
+        "qwen-vl-chat",
+        "qwen-vl-chat",
+        "put Qwen/Qwen-VL-Chat (config, qwen.tiktoken, weights) into MODELS_DIR/qwen-vl-chat and pass --models-dir",
+        "Qwen/Qwen-VL-Chat",
+    ),
+)
+
+
+# --- proofs without weights ------------------------------------------------------------------------------------------
+
+
 def _build(config: Any) -> nn.Module:
     from mqbench.harness.models.trees.qwen_vl import QWenLMHeadModel
 
@@ -132,10 +253,12 @@ def _config(**fields: Any) -> Any:
     return config
 
 
+TINY_IMAGE_ID, TINY_START_ID, TINY_END_ID = 63, 61, 62
 TINY_VISUAL: Mapping[str, Any] = MappingProxyType(
     {
         "heads": 2,
         "image_size": 16,
+        "image_start_id": TINY_START_ID,
         "layers": 2,
         "mlp_ratio": 4.0,
         "output_dim": 48,
@@ -145,7 +268,6 @@ TINY_VISUAL: Mapping[str, Any] = MappingProxyType(
         "head_dim": 8,
     }
 )
-TINY_IMAGE_ID, TINY_START_ID, TINY_END_ID = 63, 61, 62
 TINY = MappingProxyType(
     {
         "vocab_size": 64,

@@ -16,6 +16,9 @@ from mqbench.harness.errors import MissingWeightsError, NonFiniteError
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+PICKLED_FILE = "pytorch_model.bin"
+PICKLED_INDEX_FILE = "pytorch_model.bin.index.json"
+"""Older checkpoints (Qwen-VL-Chat); transformers reads tensors from them and nothing else."""
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json")
 FileChoices = tuple[tuple[str, ...], ...]
@@ -59,12 +62,14 @@ def cached_snapshot(repo_id: str, needed: FileChoices = MULTIMODAL_FILES) -> Pat
 
 def missing_file(folder: Path, needed: FileChoices = MULTIMODAL_FILES) -> str | None:
     """The first file that a model folder lacks: one of ``needed``, weights or one of their shards."""
-    for choices in (*needed, (WEIGHTS_FILE, INDEX_FILE)):
+    for choices in (*needed, (WEIGHTS_FILE, INDEX_FILE, PICKLED_FILE, PICKLED_INDEX_FILE)):
         if not any((folder / name).is_file() for name in choices):
             return choices[0]
-    if (folder / WEIGHTS_FILE).is_file():
+    whole = {WEIGHTS_FILE: INDEX_FILE, PICKLED_FILE: PICKLED_INDEX_FILE}
+    present = next(name for pair in whole.items() for name in pair if (folder / name).is_file())
+    if present in whole:
         return None
-    shards = sorted(set(json.loads((folder / INDEX_FILE).read_text())["weight_map"].values()))
+    shards = sorted(set(json.loads((folder / present).read_text())["weight_map"].values()))
     return next((shard for shard in shards if not (folder / shard).is_file()), None)
 
 
