@@ -243,7 +243,7 @@ def test_integer_heads_are_close_to_the_float_head(bits: int, largest: float) ->
 def standin(dtype: torch.dtype) -> tuple[LoadedModel, list[dict[str, Tensor]]]:
     """The stand-in in MQuant's W4A8, in integers, and a prompt of every benchmark."""
     loaded = discover.find_model(STANDIN).load(FOLDER, "cpu", dtype)
-    drawn = [row for entry in BENCHMARKS for row in split_examples(entry)["calibration"][:4]]
+    drawn = [row for entry in BENCHMARKS for row in split_examples(entry)["calibration"][:2]]
     items = [batches_of([row], loaded.processor.tokenizer, loaded.model)[0] for row in drawn]
     for item in items:
         for name, x in item.batch.items():
@@ -252,7 +252,7 @@ def standin(dtype: torch.dtype) -> tuple[LoadedModel, list[dict[str, Tensor]]]:
     calibration = [item.batch for item in items]
     discover.find_method("mquant").quantize(loaded.model, loaded.layout, recipe, calibration)
     assert use_integer_backend(loaded.model).complete
-    return loaded, [prompt_of(item) for item in items[::4]]
+    return loaded, [prompt_of(item) for item in items[::2]]
 
 
 def prompt_of(item: Scored) -> dict[str, Tensor]:
