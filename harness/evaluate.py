@@ -75,6 +75,7 @@ PROMPT_WRAPPERS: Mapping[str, PromptWrapper] = MappingProxyType(
         "qwen2_vl": PromptWrapper(
             "vlmeval.vlm.qwen2_vl.prompt", "Qwen2VLPromptMixin", MappingProxyType({"_use_custom_prompt": True})
         ),
+        "cogvlm2": PromptWrapper("vlmeval.vlm.cogvlm", "CogVlm"),
         "llava": PromptWrapper("vlmeval.vlm.llava.llava", "LLaVA"),
         "internvl": INTERNVL,
         "internvl2": INTERNVL,

@@ -38,6 +38,7 @@ from mqbench.harness.datasets.files import TaskData, load_task, reference_answer
 from mqbench.harness.errors import OutputError, ScoringError
 from mqbench.harness.evaluate import build_messages, calibration_prompts, evaluate_task, make_batches, score
 from mqbench.harness.models.adapter import Message
+from mqbench.harness.models.one_image import SHORT_ANSWER_BENCHMARKS
 
 ALL_TASKS = pytest.mark.parametrize("task", TASKS.values(), ids=list(TASKS))
 WRONG = "zzz"
@@ -204,6 +205,23 @@ def test_prompt_texts_of_minicpm_v(data_dir: Path) -> None:
     choice = first("scienceqa")[-1]
     assert choice.startswith("Question: Which of these is number 4000?\nOptions:\nA. None\nB. north0\n")
     assert choice.endswith("\nAnswer with the option's letter from the given choices directly.")
+
+
+def test_prompt_texts_of_cogvlm2(data_dir: Path) -> None:
+    """Its own words around choices, in front of the image; the datasets' own prompts elsewhere."""
+    data = load(data_dir, TASKS["scienceqa"])
+    text = build_messages(data.task, data, "cogvlm2")[0][0]
+    ask = "Answer with the option's letter from the given choices directly."
+    assert text["value"] == f"Which of these is number 4000?\nA. None\nB. north0\n{ask}"
+    data = load(data_dir, TASKS["ocrbench"])
+    assert build_messages(data.task, data, "cogvlm2") == build_messages(data.task, data, "glm_4v")
+
+
+def test_short_answers_are_asked_for_where_vlmevalkit_does() -> None:
+    """Its wrappers of GLM-4V and CogVLM2 look at the type of the dataset."""
+    type_of = evaluate._vlmeval("vlmeval.dataset").DATASET_TYPE
+    short = {task.dataset for task in TASKS.values() if type_of(task.dataset) in ("MCQ", "Y/N")}
+    assert short == set(SHORT_ANSWER_BENCHMARKS)
 
 
 def texts(messages: list[Message]) -> list[str]:
