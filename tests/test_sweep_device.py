@@ -191,7 +191,7 @@ def test_worker_leaves_out_a_system_that_broke_the_device(monkeypatch: pytest.Mo
 
     asked: list[dict[str, str]] = []
 
-    def measure_sequences(point: Any, settings: Settings, skip: dict[str, str]) -> Outcome:
+    def measure_sequences(point: Any, settings: Settings, skip: dict[str, str], hints: Any) -> Outcome:
         asked.append(dict(skip))
         if not skip:
             raise DeviceLost("w4a8-token", "illegal memory access")

@@ -12,7 +12,8 @@ from fakes.sweep_runtime import FakeDevice, PlainMemory
 from mqbench.harness.bench.worker import DeviceLost
 from mqbench.harness.sweep import measure as measure_module
 from mqbench.harness.sweep.device import HostClock, Watched, watched_of
-from mqbench.harness.sweep.measure import Settings, launch_gap, measure_sequences
+from mqbench.harness.sweep.figures import launch_gap
+from mqbench.harness.sweep.measure import Settings, measure_sequences
 from mqbench.harness.sweep.model import find_sweep_model
 from mqbench.harness.sweep.outcome import Outcome, is_out_of_memory, note_of, ratio, split_group, summary
 from mqbench.harness.sweep.protocol import Shape
@@ -105,6 +106,23 @@ def test_what_does_not_fit_is_measured_in_groups(capacity: int, groups: list[tup
     times = sum(EAGER in group for group in groups)
     assert len(outcome.arrays[f"{EAGER}.prefill_ms"]) == 2 * times, "the baseline is timed again with every group"
     assert (f"{MQUANT}.ratio" in outcome.metrics) == (EAGER in groups[-1]), "a ratio is one of a common group"
+
+
+def test_larger_points_start_with_what_fitted() -> None:
+    place, hints = FakeDevice(capacity=29), {}  # type: ignore[var-annotated]
+
+    def builds(shape: Shape) -> int:
+        before = len(place.calls)
+        measure_sequences(Point(TURNS, shape, SYSTEMS, 1), SETTINGS, {}, place.build, hints)
+        return [what for what, _ in place.calls[before:]].count("build")
+
+    first, again, smaller = (
+        builds(replace(SHAPE, decode_tokens=4)),
+        builds(replace(SHAPE, decode_tokens=5)),
+        builds(SHAPE),
+    )
+    assert again == 6, "three groups of two, nothing in vain"
+    assert first == smaller > again, "less memory is needed, so all together are tried again"
 
 
 def test_out_of_memory_is_an_outcome_of_that_system() -> None:

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 
 from mqbench.harness.bench.measure import measure
 from mqbench.harness.bench.spec import Case
-from mqbench.harness.sweep.measure import TOTAL, Settings
+from mqbench.harness.sweep.figures import TOTAL
+from mqbench.harness.sweep.measure import Settings
 from mqbench.harness.sweep.outcome import OK, Outcome, summary
 from mqbench.harness.sweep.spec import AttentionWork, Point
 

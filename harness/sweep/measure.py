@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
-from types import MappingProxyType
 from typing import Any, Protocol
 
 import torch
@@ -15,6 +14,15 @@ from mqbench.harness.runtime.interface import Runtime
 from mqbench.harness.runtime.systems import SYSTEMS, System
 from mqbench.harness.sweep import protocol
 from mqbench.harness.sweep.device import clock_of, memory_of
+from mqbench.harness.sweep.figures import (
+    HEADLINES,
+    TIMED,
+    TOTAL,
+    launch_gap,
+    linear_samples,
+    memory_figures,
+    split_figures,
+)
 from mqbench.harness.sweep.inputs import decode_ids, make_turns
 from mqbench.harness.sweep.model import SweepModel
 from mqbench.harness.sweep.outcome import (
@@ -36,14 +44,6 @@ from mqbench.harness.sweep.session import run_pass
 from mqbench.harness.sweep.spec import LATENCY, LINEARS, MEMORY, Point
 from mqbench.harness.sweep.split import Split, split_pass
 
-PREFILL, TOTAL, PEAK = "prefill_ms", "total_ms", "peak_bytes"
-HEADLINES: Mapping[str, str] = MappingProxyType({LATENCY: PREFILL, MEMORY: PEAK})
-"""The figure that a record's score is, by sweep; ``TOTAL`` for the others."""
-TIMED: Mapping[str, str] = MappingProxyType({LATENCY: PREFILL})
-"""The figure that ratios compare, likewise."""
-
-LINEAR_PARTS = ("vision gemm", "projector", "llm gemm")
-BETWEEN_LINEARS = "quantize and norm"
 WARMUP_PASSES = 2
 WARMUP_STEPS = 2
 """Decoding steps of a warm-up pass over a single turn."""
@@ -82,7 +82,17 @@ class Entry:
             self.samples.setdefault(name, []).extend(values)
 
 
-def measure_sequences(point: Point, settings: Settings, skip: Mapping[str, str], build: Build | None = None) -> Outcome:
+Hints = dict[str, tuple[int, list[tuple[str, ...]]]]
+"""Groups of systems that fitted in memory, with the length of the cache; by model and systems."""
+
+
+def measure_sequences(
+    point: Point,
+    settings: Settings,
+    skip: Mapping[str, str],
+    build: Build | None = None,
+    hints: Hints | None = None,
+) -> Outcome:
     """Measures a point whose work is a ``Shape``.
 
     Args:
@@ -90,12 +100,13 @@ def measure_sequences(point: Point, settings: Settings, skip: Mapping[str, str],
         settings: Device, model and seed.
         skip: Systems to leave out, with the note to keep.
         build: Makes runtimes; by default the real ones.
+        hints: What fitted at earlier points; a larger point starts from there. Extended by this one.
 
     Raises:
         DeviceLost: a system broke the GPU's context; this process can measure no more.
     """
     with torch.inference_mode():
-        return _Measurer(point, settings, dict(skip), build or build_random).run()
+        return _Measurer(point, settings, dict(skip), build or build_random, {} if hints is None else hints).run()
 
 
 def build_random(config: Any, system: System, *, device: torch.device, dtype: torch.dtype, seed: int) -> Runtime:
@@ -108,8 +119,9 @@ def build_random(config: Any, system: System, *, device: torch.device, dtype: to
 class _Measurer:
     """Everything about one point. Groups of systems are in memory together, one group after the other."""
 
-    def __init__(self, point: Point, settings: Settings, notes: dict[str, str], build: Build) -> None:
+    def __init__(self, point: Point, settings: Settings, notes: dict[str, str], build: Build, hints: Hints) -> None:
         assert isinstance(point.work, Shape)
+        self.hints = hints
         self.point, self.shape, self.settings = point, point.work, settings
         self.notes, self.build = notes, build
         self.device, self.dtype = torch.device(settings.device), getattr(torch, settings.dtype)
@@ -149,7 +161,17 @@ class _Measurer:
                 done.append(group)
             else:
                 groups[:0] = split_group(group)
+        self.hints[self._hint_key] = self._size, done
         return self._outcome(interleaved=len(done) == 1)
+
+    @property
+    def _hint_key(self) -> str:
+        return f"{self.point.sweep} {self.settings.model.sha256} {self.point.systems}"
+
+    @property
+    def _size(self) -> int:
+        """Rows of the KV cache: more of them take more memory."""
+        return self.shape.batch * protocol.cache_length(self.shape, self.rules)
 
     def _first_groups(self) -> list[tuple[str, ...]]:
         """All that can run here together; each alone where the device's memory is what is measured."""
@@ -160,7 +182,11 @@ class _Measurer:
                 self.notes.setdefault(name, f"{UNAVAILABLE}: {reason}")
             elif name not in self.notes:
                 able.append(name)
-        return [(name,) for name in able] if self.point.sweep == MEMORY else [tuple(able)]
+        if self.point.sweep == MEMORY:
+            return [(name,) for name in able]
+        size, groups = self.hints.get(self._hint_key, (0, []))
+        known = {name for group in groups for name in group}
+        return list(groups) if known == set(able) and size <= self._size else [tuple(able)]
 
     def _measure_group(self, group: Sequence[str], number: int) -> bool:
         """False when the group does not fit in memory and has to be split; nothing of it is kept then."""
@@ -335,42 +361,3 @@ class _Measurer:
                 limits["decode_limit_ms"] = decode_limit_ms(*arguments)
             found |= {key: value for key, value in limits.items() if value is not None}
         return {f"{name}.{figure}": value for figure, value in found.items()}
-
-
-def memory_figures(runtime: Runtime, build_peak: int, peak: int) -> dict[str, float]:
-    """Bytes by kind; activations are what the peak has beyond weights, cache and workspace."""
-    parts = runtime.memory()
-    peak = max(peak, parts.total_bytes)
-    return {
-        "build_peak_bytes": float(build_peak),
-        "peak_bytes": float(peak),
-        "weights_bytes": float(parts.weights_bytes),
-        "kv_cache_bytes": float(parts.kv_cache_bytes),
-        "workspace_bytes": float(parts.workspace_bytes),
-        "activations_bytes": float(peak - parts.total_bytes),
-    }
-
-
-def split_figures(split: Split) -> dict[str, float]:
-    """``part:<part>_ms``, the vision tower's share and the sum over all kernels."""
-    vision = split.vision_ms
-    if vision is None:
-        vision = sum(
-            value for name, value in split.parts_ms.items() if name.startswith("vision") or name == "projector"
-        )
-    parts = {f"part:{name}_ms": value for name, value in split.parts_ms.items()}
-    return {**parts, "vision_ms": vision, "kernels_ms": split.kernels_ms}
-
-
-def launch_gap(system: str, metrics: Mapping[str, float]) -> dict[str, float]:
-    """What a prefill takes beyond its kernels; empty without a time split."""
-    kernels = metrics.get(f"{system}.kernels_ms")
-    return {} if kernels is None else {f"{system}.launch_gap_ms": metrics[f"{system}.{PREFILL}"] - kernels}
-
-
-def linear_samples(split: Split) -> dict[str, list[float]]:
-    """Kernel time of the products alone, and with norms, activation functions and quantization between them."""
-    products = sum(split.parts_ms.get(name, 0.0) for name in LINEAR_PARTS)
-    total = products + split.parts_ms.get(BETWEEN_LINEARS, 0.0)
-    parts = {f"part:{name}_ms": [value] for name, value in split.parts_ms.items()}
-    return {TOTAL: [total], "gemm_ms": [products], **parts}

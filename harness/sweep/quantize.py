@@ -15,8 +15,9 @@ from mqbench.harness.errors import MQBenchError
 from mqbench.harness.quant.scheme import Recipe, parse_bits
 from mqbench.harness.quant.session import Batch
 from mqbench.harness.sweep.device import clock_of, memory_of
+from mqbench.harness.sweep.figures import TOTAL
 from mqbench.harness.sweep.inputs import make_turns
-from mqbench.harness.sweep.measure import TOTAL, Settings
+from mqbench.harness.sweep.measure import Settings
 from mqbench.harness.sweep.outcome import OK, Outcome, note_of, summary
 from mqbench.harness.sweep.protocol import figures
 from mqbench.harness.sweep.spec import Point, QuantizeWork

@@ -5,9 +5,12 @@ from __future__ import annotations
 from typing import Any, cast
 
 from mqbench.harness.bench.worker import Bench
-from mqbench.harness.sweep.measure import Settings
+from mqbench.harness.sweep.measure import Hints, Settings
 from mqbench.harness.sweep.outcome import Outcome
 from mqbench.harness.sweep.spec import ATTENTION, QUANTIZE, Point
+
+_hints: Hints = {}
+"""Of this process: points come in order of their size, and what was too much stays too much."""
 
 
 def make_worker(settings: Settings) -> Bench:
@@ -35,4 +38,4 @@ def measure_point(point: Point, settings: Settings, skip: dict[str, str]) -> Out
         return measure_quantize(point, settings, skip)
     from mqbench.harness.sweep.measure import measure_sequences
 
-    return measure_sequences(point, settings, skip)
+    return measure_sequences(point, settings, skip, hints=_hints)
