@@ -5,16 +5,21 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from transformers import InternVLConfig, InternVLForConditionalGeneration, InternVLVisionConfig, LlamaConfig
 
+from mqbench.harness.models.adapter import LoadedModel
 from mqbench.harness.models.family import tiny_model
 from mqbench.harness.models.internvl2 import FAMILY, TINY_IMAGE_ID, TINY_LLM, TINY_VISION
 from mqbench.harness.models.trees.internvl2 import InternVLChatConfig, InternVLChatModel, pixel_shuffle
 from mqbench.harness.models.weights import from_pretrained
+from mqbench.harness.quant.scheme import Recipe, parse_bits
+from mqbench.harness.quant.serialize import load_quantized, save_quantized
+from mqbench.mquant.mquant import METHOD as MQUANT
 
 CHECKPOINT_BYTES = 16150730752
 """``total_size`` of the released safetensors index, two bytes per parameter."""
@@ -153,6 +158,23 @@ def test_a_wrong_number_of_placeholders_is_refused(model: InternVLChatModel) -> 
         model(**batch | {"pixel_values": batch["pixel_values"][:2]})
 
 
+# --- quantized -------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_a_quantized_model_saves_loads_and_generates(model: InternVLChatModel, tmp_path: Path) -> None:
+    """MQuant with a 4-bit cache: the reordered decoder, the cache's quantizers and every new norm come back."""
+    layout, batch, fresh = FAMILY.layout(model), inputs(model), tiny_model(FAMILY, torch.float32)
+    recipe = Recipe("mquant", *parse_bits("w8a8/w4a8"), 0, {"kv_bits": 4})
+    report = MQUANT.quantize(model, layout, recipe, [batch])
+    save_quantized(model, report, recipe, tmp_path, "tiny")
+    load_quantized(tmp_path, LoadedModel("tiny", fresh, None, layout), MQUANT.restore)
+    assert torch.equal(fresh(**batch).logits, model(**batch).logits)
+    options = {"max_new_tokens": 4, "do_sample": False, "suppress_tokens": FORBIDDEN}
+    loaded: Any = fresh
+    assert torch.equal(loaded.generate(**batch, **options), model.generate(**batch, **options))
+
+
 # --- released files --------------------------------------------------------------------------------------------------
 
 
@@ -163,6 +185,8 @@ def test_a_saved_folder_loads_by_name(model: InternVLChatModel, tmp_path: Path) 
     assert loaded.state_dict().keys() == expected.keys()
     assert all(torch.equal(tensor, expected[name]) for name, tensor in loaded.state_dict().items())
     assert loaded.get_submodule("language_model.model").config._attn_implementation == "sdpa"
+    with torch.no_grad():  # buffers that no file holds are right too
+        assert torch.equal(loaded.eval()(**inputs(model)).logits, model(**inputs(model)).logits)
 
 
 def test_released_configs_are_understood() -> None:

@@ -6,6 +6,7 @@ import math
 import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,10 +15,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
+from mqbench.harness.models.adapter import LoadedModel
 from mqbench.harness.models.family import Family, tiny_model
 from mqbench.harness.models.qwen_vl import FAMILY, TINY, TINY_IMAGE_ID, TINY_VISUAL
 from mqbench.harness.models.trees.qwen_vl import QWenConfig, QWenLMHeadModel
 from mqbench.harness.models.weights import from_pretrained
+from mqbench.harness.quant.scheme import Recipe, parse_bits
+from mqbench.harness.quant.serialize import load_quantized, save_quantized
+from mqbench.mquant.mquant import METHOD as MQUANT
 
 CHECKPOINT_PARAMS = 9656935168
 NAMES = {
@@ -94,6 +99,8 @@ def test_conversion_on_load_is_exact(model: QWenLMHeadModel, released_form: dict
     loaded = from_pretrained(QWenLMHeadModel, tmp_path, torch.float32, "sdpa", "get it again")
     assert loaded.state_dict().keys() == expected.keys()
     assert all(torch.equal(tensor, expected[name]) for name, tensor in loaded.state_dict().items())
+    with torch.no_grad():
+        assert torch.equal(loaded.eval()(**inputs(model)).logits, model(**inputs(model)).logits)
 
 
 # --- oracles ---------------------------------------------------------------------------------------------------------
@@ -258,3 +265,20 @@ def test_a_wrong_number_of_placeholders_is_refused(model: QWenLMHeadModel) -> No
     batch = inputs(model)
     with pytest.raises(ValueError, match=r"input_ids hold 12 places of visual tokens, but pixel_values make 8"):
         model(**batch | {"pixel_values": batch["pixel_values"][:2]})
+
+
+# --- quantized -------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_a_quantized_model_saves_loads_and_generates(model: QWenLMHeadModel, tmp_path: Path) -> None:
+    """MQuant with a 4-bit cache: the reordered decoder, the cache's quantizers and every new norm come back."""
+    layout, batch, fresh = FAMILY.layout(model), inputs(model), tiny_model(FAMILY, torch.float32)
+    recipe = Recipe("mquant", *parse_bits("w8a8/w4a8"), 0, {"kv_bits": 4})
+    report = MQUANT.quantize(model, layout, recipe, [batch])
+    save_quantized(model, report, recipe, tmp_path, "tiny")
+    load_quantized(tmp_path, LoadedModel("tiny", fresh, None, layout), MQUANT.restore)
+    assert torch.equal(fresh(**batch).logits, model(**batch).logits)
+    options = {"max_new_tokens": 4, "do_sample": False, "suppress_tokens": FORBIDDEN}
+    loaded: Any = fresh
+    assert torch.equal(loaded.generate(**batch, **options), model.generate(**batch, **options))

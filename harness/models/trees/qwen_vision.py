@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from transformers import initialization as init
 from transformers.core_model_loading import Chunk, Transpose, WeightConverter
 
-from mqbench.harness.models.trees.minicpm_v import CrossAttention, sine_positions
+from mqbench.harness.models.trees.cross_attention import CrossAttention, sine_positions
 
 LAYER_NORM_EPS = 1e-6
 
