@@ -16,22 +16,23 @@ from mqbench.harness.probe_values import median, rounded, shown_blocks
 from mqbench.harness.quant.activation import InputQuantizer, all_finite
 from mqbench.harness.quant.layout import Block, Layout
 from mqbench.harness.quant.linear import QuantLinear
-from mqbench.harness.quant.modality import Hooks, ModalityContext, track_modality
+from mqbench.harness.quant.modality import ExpertContext, Hooks, ModalityContext, RowContext, track_modality
 from mqbench.harness.tasks import TaskResult
 
 if TYPE_CHECKING:
     from mqbench.harness.probes import ProbeContext
 
-KINDS: Mapping[str, Callable[[Block], str]] = MappingProxyType(
+KINDS: Mapping[str, Callable[[Block], tuple[str, ...]]] = MappingProxyType(
     {
-        "block_in": lambda block: block.name,
-        "attention_in": lambda block: block.attention_norm.readers[0],
-        "attention_out": lambda block: block.attention.out,
-        "mlp_in": lambda block: block.mlp_norm.readers[0],
-        "mlp_out": lambda block: block.mlp_out,
+        "block_in": lambda block: (block.name,),
+        "attention_in": lambda block: tuple(path.attention_readers[0] for path in block.paths),
+        "attention_out": lambda block: tuple(path.attention.out for path in block.paths),
+        "mlp_in": lambda block: tuple(path.mlp_readers[0] for path in block.paths),
+        "mlp_out": lambda block: tuple(path.mlp_out for path in block.paths),
     }
 )
-"""What is measured in each block, and the module whose input it is. Linears that share an input share its figures."""
+"""What is measured in each block, and the module whose input it is: with a visual expert one for each modality. Linears
+that share an input share its figures."""
 
 HEADLINE_KIND = "mlp_out"
 """Inputs of the block's last linear. Hidden states (Fig. 1b) are not quantized, norm outputs differ little between
@@ -76,11 +77,11 @@ class Seen:
 
 @dataclass
 class Place:
-    """The input of one module of one LLM block."""
+    """The input of one module of one LLM block, or of its experts for the same."""
 
     kind: str
     block: int
-    module: str
+    modules: tuple[str, ...]
     seen: dict[str, Seen] = field(default_factory=dict)
 
     @property
@@ -121,7 +122,7 @@ def _check_seen(places: Sequence[Place]) -> None:
         if place.seen["visual"].low > place.seen["visual"].high:
             raise CalibrationError("no calibration sample holds an image; probe 'activation_ranges' needs some")
         if place.seen["text"].peak in (0, float("inf")):
-            raise CalibrationError(f"the input of '{place.module}' is zero over all text tokens; check the weights")
+            raise CalibrationError(f"the input of '{place.modules[0]}' is zero over all text tokens; check the weights")
 
 
 def histogram(values: Tensor) -> Tensor:
@@ -135,10 +136,10 @@ def _places(layout: Layout) -> list[Place]:
     kept = shown_blocks(len(blocks))
     places = []
     for index, block in enumerate(blocks):
-        for kind, module in KINDS.items():
+        for kind, modules in KINDS.items():
             counts = [torch.zeros(len(EDGES) + 1, dtype=torch.int64) if index in kept else None for _ in MODALITIES]
             seen = {name: Seen(counts=start) for name, start in zip(MODALITIES, counts, strict=True)}
-            places.append(Place(kind, index, module(block), seen))
+            places.append(Place(kind, index, modules(block), seen))
     return places
 
 
@@ -148,13 +149,22 @@ def _watching(model: nn.Module, layout: Layout, places: Sequence[Place]) -> Iter
     context = found or ModalityContext()
     tracking = Hooks([]) if found else track_modality(model, layout, context)
     handles = [
-        model.get_submodule(place.module).register_forward_pre_hook(_hook(place, context), with_kwargs=True)
+        model.get_submodule(name).register_forward_pre_hook(
+            _hook(place, name, _rows(layout, context, name)), with_kwargs=True
+        )
         for place in places
+        for name in place.modules
     ]
     try:
         yield
     finally:
         Hooks([*handles, tracking]).remove()
+
+
+def _rows(layout: Layout, context: ModalityContext, name: str) -> RowContext:
+    """The rows that a module of the LLM sees: all, or those of its expert."""
+    modality = layout.modality_of(name)
+    return context if modality is None else ExpertContext(context, modality)
 
 
 def _quantizers_context(model: nn.Module) -> ModalityContext | None:
@@ -164,21 +174,22 @@ def _quantizers_context(model: nn.Module) -> ModalityContext | None:
         RequestError: the model is quantized, but none of its quantizers holds one.
     """
     contexts = (module.context for module in model.modules() if isinstance(module, InputQuantizer))
-    found = next((context for context in contexts if isinstance(context, ModalityContext)), None)
+    wholes = (context.whole if isinstance(context, ExpertContext) else context for context in contexts)
+    found = next((context for context in wholes if isinstance(context, ModalityContext)), None)
     if found is None and any(isinstance(module, QuantLinear) for module in model.modules()):
         raise RequestError("probe 'activation_ranges' needs the float model, or one with quantized LLM activations")
     return found
 
 
-def _hook(place: Place, context: ModalityContext) -> Callable[..., None]:
+def _hook(place: Place, name: str, rows: RowContext) -> Callable[..., None]:
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         x = args[0] if args else kwargs["hidden_states"]
         if isinstance(module, QuantLinear):
             x, _ = module.prepare_input(x)
         if not all_finite(x):
-            raise NonFiniteError(f"the input of '{place.module}' holds NaN or Inf; check the weights and the dtype")
-        valid = torch.ones(x.shape[:-1], dtype=torch.bool, device=x.device) if context.valid is None else context.valid
-        visual = torch.zeros_like(valid) if context.visual is None else context.visual
+            raise NonFiniteError(f"the input of '{name}' holds NaN or Inf; check the weights and the dtype")
+        valid = torch.ones(x.shape[:-1], dtype=torch.bool, device=x.device) if rows.valid is None else rows.valid
+        visual = torch.zeros_like(valid) if rows.visual is None else rows.visual
         place.seen["text"].update(x[valid & ~visual])
         place.seen["visual"].update(x[valid & visual])
 

@@ -19,6 +19,7 @@ from mqbench.harness.models.cogvlm2 import FAMILY, TINY, cogvlm2_layout
 from mqbench.harness.models.family import tiny_model
 from mqbench.harness.models.trees.cogvlm2 import CogVLMForCausalLM
 from mqbench.harness.models.weights import from_pretrained
+from mqbench.harness.probes import PROBES, ProbeContext
 from mqbench.harness.quant.layout import Modality, Part
 from mqbench.harness.quant.scheme import Recipe, parse_bits
 from mqbench.harness.quant.serialize import load_quantized, save_quantized
@@ -187,6 +188,19 @@ def test_a_released_folder_loads_by_name_without_remote_code(tmp_path: Path):
     assert torch.equal(outputs(loaded.eval(), batch), outputs(model, batch))
 
 
+@torch.no_grad()
+def test_eager_attention_and_bfloat16_run():
+    """Eager attention agrees; in bfloat16 the answers stay close, pixels and positions come in their own types."""
+    model: Any = tiny_model(FAMILY, torch.float32)
+    batch = inputs(model)
+    expected = outputs(model, batch)
+    model.config._attn_implementation = "eager"
+    torch.testing.assert_close(outputs(model, batch), expected, rtol=1e-4, atol=1e-5)
+    found = outputs(model.to(torch.bfloat16), batch)
+    assert found.dtype == torch.bfloat16
+    assert (found - expected).norm() < 0.05 * expected.norm()
+
+
 # --- methods ---------------------------------------------------------------------------------------------------------
 
 
@@ -261,6 +275,30 @@ def test_saved_and_loaded_again(tmp_path: Path, options: dict[str, Any]):
     load_quantized(tmp_path / "saved", LoadedModel("tiny", fresh, None, cogvlm2_layout(fresh)), MQUANT.restore)
     batch = inputs(model)
     assert torch.equal(outputs(fresh, batch), outputs(model, batch))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("bits", ["float/float", "w8a8/w4a8"])
+def test_probe_of_activations_looks_at_both_experts(bits: str):
+    """Also where tokens are reordered and quantizers hold the contexts of single experts."""
+    model = tiny_model(FAMILY, torch.float32)
+    batch, layout = inputs(model), cogvlm2_layout(model)
+    recipe, report = Recipe("mquant", *parse_bits(bits), 0, {}), None
+    if bits != "float/float":
+        report = MQUANT.quantize(model, layout, recipe, [batch])
+    probed = ProbeContext(LoadedModel("tiny", model, None, layout), recipe, report, lambda: [batch])
+    arrays = PROBES["activation_ranges"].run(probed).arrays
+    names = [f"{MLP}.{prefix}_mlp.down_proj" for prefix in ("language", "vision")]
+    language, vision = rows_seen(model, batch, *names)
+    if report is not None:
+        language, vision = (
+            model.get_submodule(name).prepare_input(rows)[0]
+            for name, rows in zip(names, (language, vision), strict=True)
+        )
+    assert arrays["mlp_out.visual.max"][0] == pytest.approx(vision.max().item(), rel=1e-4)
+    assert arrays["mlp_out.visual.min"][0] == pytest.approx(vision.min().item(), rel=1e-4)
+    assert arrays["mlp_out.text.max"][0] <= language.max().item() * (1 + 1e-4)  # padding does not count
+    assert arrays["mlp_out.text.max"][0] > 0
 
 
 def test_layout_names_experts_by_modality():

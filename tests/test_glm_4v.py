@@ -16,12 +16,14 @@ from transformers import GlmConfig, GlmForCausalLM
 
 from mqbench.baselines.quarot import METHOD as QUAROT
 from mqbench.baselines.rotation import residual_rotation
+from mqbench.baselines.rtn import METHOD as RTN
 from mqbench.harness.models.adapter import LoadedModel
 from mqbench.harness.models.check import outputs
 from mqbench.harness.models.family import tiny_model
 from mqbench.harness.models.glm_4v import FAMILY, TINY, glm_4v_layout
 from mqbench.harness.models.trees.glm_4v import ChatGLMForConditionalGeneration
 from mqbench.harness.models.weights import from_pretrained
+from mqbench.harness.quant.integer import use_integer_backend
 from mqbench.harness.quant.layout import Part
 from mqbench.harness.quant.scheme import Recipe, parse_bits
 from mqbench.harness.quant.serialize import load_quantized, save_quantized
@@ -262,6 +264,31 @@ def test_saved_and_loaded_again(tmp_path: Path):
     load_quantized(tmp_path / "saved", LoadedModel("tiny", fresh, None, glm_4v_layout(fresh)), MQUANT.restore)
     batch = inputs(model)
     assert torch.equal(outputs(fresh, batch), outputs(model, batch))
+
+
+@torch.no_grad()
+def test_integer_backend_runs_the_convolutions_on_maps():
+    model = tiny_model(FAMILY, torch.float32)
+    recipe = Recipe("rtn", *parse_bits("w8a8/w4a8"), 0, {})
+    RTN.quantize(model, glm_4v_layout(model), recipe, [inputs(model)])
+    batch = inputs(model)
+    simulated = outputs(model, batch)
+    report = use_integer_backend(model)
+    assert report.complete and "transformer.vision.conv" in report.integer
+    torch.testing.assert_close(outputs(model, batch), simulated, rtol=1e-3, atol=1e-4)
+
+
+@torch.no_grad()
+def test_eager_attention_and_bfloat16_run():
+    """Eager attention agrees; in bfloat16 the answers stay close, pixels and positions come in their own types."""
+    model: Any = tiny_model(FAMILY, torch.float32)
+    batch = inputs(model)
+    expected = outputs(model, batch)
+    model.config._attn_implementation = "eager"
+    torch.testing.assert_close(outputs(model, batch), expected, rtol=1e-4, atol=1e-5)
+    found = outputs(model.to(torch.bfloat16), batch)
+    assert found.dtype == torch.bfloat16
+    assert (found - expected).norm() < 0.05 * expected.norm()
 
 
 def test_msq_gives_two_scales_to_the_llm_alone():

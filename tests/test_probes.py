@@ -100,10 +100,11 @@ def test_activation_ranges_against_all_inputs_kept() -> None:
     model = tiny_model()
     batches = padded_batches(model)
     result = PROBES["activation_ranges"].run(context(model, batches))
-    for kind, module in KINDS.items():
+    for kind, modules in KINDS.items():
         ratios = []
         for index, block in enumerate(tiny_layout(model).text.blocks):
-            inputs = kept_inputs(model, batches, module(block))
+            (module,) = modules(block)
+            inputs = kept_inputs(model, batches, module)
             for modality, values in inputs.items():
                 assert result.arrays[f"{kind}.{modality}.min"][index] == rounded([values.min().item()])[0]
                 assert result.arrays[f"{kind}.{modality}.max"][index] == rounded([values.max().item()])[0]

@@ -57,24 +57,24 @@ class ExpertContext:
     """What a linear sees that gets the rows of one modality only (CogVLM2's experts).
 
     Args:
-        context: Of the whole pass.
+        whole: Of the whole pass.
         modality: Whose rows.
     """
 
-    def __init__(self, context: ModalityContext, modality: Modality) -> None:
-        self._context = context
+    def __init__(self, whole: ModalityContext, modality: Modality) -> None:
+        self.whole = whole
         self._is_visual = modality is Modality.VISUAL
 
     @property
     def visual(self) -> Tensor | None:
         """(rows,) bool, all True for the visual expert; None for the text expert, whose rows are all text."""
-        visual = self._context.visual
+        visual = self.whole.visual
         return visual[visual] if self._is_visual and visual is not None else None
 
     @property
     def valid(self) -> Tensor | None:
         """(rows,) bool, False at padding, or None when nothing is padded."""
-        valid, visual = self._context.valid, self._context.visual
+        valid, visual = self.whole.valid, self.whole.visual
         if valid is None:
             return None
         if visual is None:
