@@ -189,7 +189,7 @@ def test_a_pass_has_every_part(name: str) -> None:
 
 def test_modules_are_told_apart_by_name() -> None:
     loaded, _ = quantized_tiny("none", "float")
-    runtime = runtime_of(loaded)
+    runtime = runtime_of(loaded, SYSTEMS["bf16-eager"])
     blocks = "model.visual.blocks.0", "model.language_model.layers.1"
     found = {
         name: runtime.part_of(name)
@@ -200,4 +200,16 @@ def test_modules_are_told_apart_by_name() -> None:
     assert list(found.values()) == [
         "vision gemm", "vision attention", "quantize and norm", "quantize and norm", "projector", "llm gemm",
         "llm attention", "llm gemm", "vision gemm", "other",
+    ]  # fmt: skip
+
+
+def test_modules_of_the_runtime_are_told_apart_by_name() -> None:
+    runtime = build_runtime(tiny_config(), SYSTEMS["mquant-w4a8"], device="meta")
+    vision, text = "model.visual", "model.language_model.layers.1"
+    names = (f"{vision}.blocks.0.qkv", f"{vision}.merger.projection_out.linears.0", f"{vision}.merger.norm",
+             f"{vision}.patch_embed.projection", f"{text}.mlp_in.sites.0", f"{text}.mlp_in.linears.0", text,
+             "lm_head.projection", "model.language_model.norm", "model.language_model.embed_tokens")  # fmt: skip
+    assert [runtime.part_of(name) for name in names] == [
+        "vision gemm", "projector", "quantize and norm", "vision gemm", "quantize and norm", "llm gemm", "other",
+        "llm gemm", "quantize and norm", "other",
     ]  # fmt: skip

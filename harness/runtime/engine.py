@@ -15,7 +15,9 @@ from mqbench.harness.runtime.cache import StaticKVCache
 from mqbench.harness.runtime.fuse import FusedModel, unique_bytes
 from mqbench.harness.runtime.graph import PassRunner
 from mqbench.harness.runtime.interface import DECODE_RESERVE, MemoryParts, RuntimeInputs
-from mqbench.harness.runtime.parts import OTHER, VISION_SCOPE, PartClock, clock, part, part_of, scope
+from mqbench.harness.runtime.parts import OTHER, QUANTIZE, VISION_SCOPE, PartClock, clock, part, scope
+from mqbench.harness.runtime.pointwise import RowNorm
+from mqbench.harness.runtime.projection import Projection
 from mqbench.harness.runtime.prompt import PreparedPrompt, prepare_prompt
 from mqbench.harness.runtime.systems import System
 
@@ -103,7 +105,14 @@ class FusedRuntime:
 
     def part_of(self, name: str) -> str:
         """See ``interface.Runtime``."""
-        return part_of(name, self.fused.layout)
+        path = name.split(".")
+        for end in range(len(path), 0, -1):
+            module = self.model.get_submodule(".".join(path[:end]))
+            if isinstance(module, Projection):
+                return QUANTIZE if path[end : end + 1] == ["sites"] else module.gemm_part
+            if isinstance(module, RowNorm):
+                return QUANTIZE
+        return OTHER
 
     @contextmanager
     def instrumented(self) -> Iterator[PartClock]:
