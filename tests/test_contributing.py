@@ -10,10 +10,16 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 
+from fakes.native_checks import check_answers, check_batch, check_greedy, message
+from fakes.native_folders import byte_tokenizer, write_folder
+from fakes.qwen2_vl_folder import write_image
 from fakes.repository import ROOT
 from fakes.tiny_qwen2_vl import tiny_batch, tiny_layout, tiny_model
+from mqbench.harness import discover
 from mqbench.harness.datasets import catalog
+from mqbench.harness.models.check import outcome_of, proofs
 from mqbench.harness.quant.scheme import Recipe
 from mqbench.harness.table import load_spec
 
@@ -34,6 +40,7 @@ def load_example(path: str, folder: Path) -> ModuleType:
     spec = importlib.util.spec_from_file_location(f"example_{file.stem}", file)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
     return module
 
@@ -49,35 +56,47 @@ def test_method_example_is_exact_and_quantizes(tmp_path: Path, monkeypatch: pyte
     assert {layer.weight_num_bits for layer in report.layers.values()} == {4, 8}
 
 
-def tiny_qwen2_5_vl() -> Any:
-    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
-
-    vision = dict(
-        depth=2, hidden_size=32, intermediate_size=48, num_heads=2, out_hidden_size=64, fullatt_block_indexes=[1]
-    )
-    rope = {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 10_000.0}
-    text = dict(
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=100,
-        rope_parameters=rope,
-    )
-    config = Qwen2_5_VLConfig(vision_config=vision, text_config=text, image_token_id=90)
-    return Qwen2_5_VLForConditionalGeneration(config)
+def test_family_example_holds_its_proofs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    methods = {name: discover.find_method(name) for name in ("rtn", "mquant")}
+    monkeypatch.setattr(discover, "all_methods", lambda: discover.Registry(methods))
+    family = load_example("harness/models/smolvlm.py", tmp_path).FAMILY
+    outcomes = [outcome_of(proof) for proof in proofs(family)]
+    assert [outcome.detail for outcome in outcomes if not outcome.ok] == []
+    assert {"names", "shapes smolvlm2-256m", "exact mquant"} <= {outcome.name for outcome in outcomes}
+    with torch.device("meta"):
+        model = family.build(family.configs["smolvlm2-256m"]())
+    assert sum(parameter.numel() for parameter in model.parameters()) == 256_484_928  # of the released checkpoint
 
 
-def test_model_example_names_every_linear(tmp_path: Path) -> None:
-    example = load_example("harness/models/qwen2_5_vl.py", tmp_path)
-    model = tiny_qwen2_5_vl()
-    layout = example.qwen2_5_vl_layout(model.config)
-    layout.check(model)
-    assert len(layout.vision.blocks) == 2
+def test_family_example_loads_and_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    example = load_example("harness/models/smolvlm.py", tmp_path)
+    processor = tiny_smolvlm_processor()
+
+    def change(config: Any) -> None:
+        config.image_token_id = processor.image_token_id
+
+    folder = write_folder(tmp_path / "smolvlm2-256m", example.FAMILY, change, processor)
     (adapter,) = example.ADAPTERS
-    assert adapter.name == "qwen2.5-vl-7b"
-    assert adapter.find_weights(tmp_path) is None
+    assert adapter.find_weights(tmp_path) == folder
+    loaded = adapter.load(folder, "cpu", torch.float32)
+    images = [write_image(tmp_path / f"{side}.png", side, 16, seed=side) for side in (16, 32, 40)]
+    messages = [message(images[0], "one", images[1], "two?"), message("none"), message(images[2], "what?")]
+    check_batch(adapter, loaded, messages)
+    check_answers(adapter, loaded, messages)
+    check_greedy(adapter, loaded, messages, monkeypatch)
+
+
+def tiny_smolvlm_processor() -> Any:
+    from transformers import SmolVLMImageProcessor, SmolVLMProcessor, SmolVLMVideoProcessor
+    from transformers.models.smolvlm.processing_smolvlm import DEFAULT_CHAT_TEMPLATE
+
+    places = tuple(f"<row_{row}_col_{column}>" for row in (1, 2, 3) for column in (1, 2, 3))
+    marks = ("<fake_token_around_image>", "<image>", "<global-img>", "<video>")
+    special = ("<pad>", "<|im_start|>", "<end_of_utterance>", *marks, *places)
+    pixels = SmolVLMImageProcessor(size={"longest_edge": 32}, max_image_size={"longest_edge": 16})
+    tokenizer = byte_tokenizer(special, pad_token="<pad>", eos_token="<end_of_utterance>")
+    options = {"image_seq_len": 4, "chat_template": DEFAULT_CHAT_TEMPLATE}
+    return SmolVLMProcessor(pixels, tokenizer, SmolVLMVideoProcessor(), **options)
 
 
 def test_table_example_is_a_specification(tmp_path: Path) -> None:

@@ -169,7 +169,7 @@ def _without_channel0(x: Tensor) -> Tensor:
 
 def _takes_patches(module: nn.Conv2d | nn.Conv3d) -> bool:
     """A convolution that equals a linear over patches that do not overlap."""
-    padded = isinstance(module.padding, str) or any(module.padding)
+    padded = module.padding == "same" or (module.padding != "valid" and any(module.padding))
     return module.stride == module.kernel_size and module.groups == 1 and not padded and set(module.dilation) == {1}
 
 
