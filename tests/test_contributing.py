@@ -121,6 +121,12 @@ def test_relative_links_and_paths_exist(path: str) -> None:
     assert not missing
 
 
+def test_readme_lists_every_model() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    released = [name for name in discover.all_models().found if not name.startswith("standin")]
+    assert [name for name in released if f"`{name}`" not in readme] == []
+
+
 def test_ci_runs_the_readme_test_command() -> None:
     """README's second command and CI are the same run."""
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
