@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 
@@ -12,19 +13,20 @@ import pytest
 import torch
 
 from mqbench.harness.models.standin import tasks, vocabulary
-from mqbench.harness.models.standin.architecture import Size, build_config, build_model
+from mqbench.harness.models.standin.architecture import Size
 from mqbench.harness.models.standin.benchmarks import BENCHMARKS, NO_IMAGE, write_benchmarks
 from mqbench.harness.models.standin.harden import Hardness, harden
-from mqbench.harness.models.standin.objective import (
+from mqbench.harness.models.standin.objective import answer_entropy, prompt_entropy, specialisation_penalty
+from mqbench.harness.models.standin.qwen2_vl import (
     IMAGE_START,
     NUM_VISUAL_TOKENS,
-    answer_entropy,
+    STANDIN,
+    Qwen2VLFeed,
+    collate,
     logits_and_activations,
-    prompt_entropy,
-    specialisation_penalty,
 )
 from mqbench.harness.models.standin.tokenizer import build_tokenizer, render_prompt
-from mqbench.harness.models.standin.train import Trainer, TrainSettings, collate, exact_match, make_examples
+from mqbench.harness.models.standin.train import Trainer, TrainSettings, exact_match, make_examples
 
 TINY = TrainSettings(
     steps=4, batch_size=4, text_only_every=3, warmup_steps=2, curriculum=(0, 2), blend=(0, 1), bfloat16=False
@@ -47,7 +49,7 @@ def tokenizer():
 @pytest.fixture(scope="module")
 def model(tokenizer):
     size = Size(vision_depth=2, vision_width=32, vision_heads=2, text_depth=3, text_width=64, text_mlp=96, text_heads=4)
-    built = build_model(build_config(tokenizer, size), seed=3)
+    built = STANDIN.build_model(STANDIN.build_config(tokenizer, size), seed=3)
     generator = torch.Generator().manual_seed(0)
     for name, parameter in built.named_parameters():
         if "norm" in name or name.endswith(("bias", "ln_q.weight")):
@@ -108,7 +110,7 @@ def test_scienceqa_answer_is_the_letter_of_a_right_option():
 
 def test_objective_computes_what_transformers_computes(model, tokenizer):
     batch = collate(pictured(3), tokenizer)
-    patches = batch.patches.double()
+    patches = batch.pictures["patches"].double()
     expected = model(
         input_ids=batch.input_ids,
         attention_mask=torch.ones_like(batch.input_ids),
@@ -117,7 +119,8 @@ def test_objective_computes_what_transformers_computes(model, tokenizer):
         mm_token_type_ids=(batch.input_ids == model.config.image_token_id).int(),
     ).logits
     assert (batch.input_ids[:, IMAGE_START : IMAGE_START + NUM_VISUAL_TOKENS] == model.config.image_token_id).all()
-    got, _ = logits_and_activations(model, type(batch)(patches, batch.input_ids, batch.labels))
+    assert torch.equal(batch.visual, batch.input_ids == model.config.image_token_id)
+    got, _ = logits_and_activations(model, replace(batch, pictures={"patches": patches}))
     # Transformers' norms and rotary embeddings cast to float32 inside.
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
 
@@ -130,13 +133,13 @@ def test_exact_match_agrees_with_greedy_decoding(model, tokenizer):
     start = int((batch.labels[0] != -100).nonzero()[0])
     ids = batch.input_ids[:, :start]
     for _ in range(2):
-        longer = type(batch)(batch.patches, ids, ids)
+        longer = replace(batch, input_ids=ids, labels=ids)
         ids = torch.cat([ids, logits_and_activations(single, longer)[0][:, -1:].argmax(-1)], dim=1)
     said = ids[0, start:]
     labels = torch.cat([torch.full((start,), -100), said])[None]
-    predicted = logits_and_activations(single, type(batch)(batch.patches, ids, labels))[0][:, :-1].argmax(-1)
+    predicted = logits_and_activations(single, replace(batch, input_ids=ids, labels=labels))[0][:, :-1].argmax(-1)
     assert ((predicted == labels[:, 1:]) | (labels[:, 1:] == -100)).all()
-    assert exact_match(single, tokenizer, [example], "cpu") == [tokenizer.decode(said) == example.answer]
+    assert exact_match(single, Qwen2VLFeed(tokenizer), [example], "cpu") == [tokenizer.decode(said) == example.answer]
     model.double()
 
 
@@ -146,12 +149,12 @@ def test_exact_match_agrees_with_greedy_decoding(model, tokenizer):
     ids=["outliers", "gap", "both"],
 )
 def test_hardening_changes_no_output(model, tokenizer, hardness):
-    copied = build_model(model.config, seed=0).double().requires_grad_(False)
+    copied = STANDIN.build_model(model.config, seed=0).double().requires_grad_(False)
     copied.load_state_dict(model.state_dict())
     batch = collate(pictured(4), tokenizer)
-    batch = type(batch)(batch.patches.double(), batch.input_ids, batch.labels)
+    batch = replace(batch, pictures={"patches": batch.pictures["patches"].double()})
     before, inner_before = logits_and_activations(copied, batch)
-    harden(copied, hardness, [batch], text_channels=32)
+    harden(copied, STANDIN.layout(copied), hardness, Qwen2VLFeed(tokenizer), [batch], text_channels=32)
     after, inner_after = logits_and_activations(copied, batch)
     # Transformers' norms cast to float32 inside.
     torch.testing.assert_close(after, before, rtol=0, atol=2e-4 * float(before.abs().max()))
@@ -162,9 +165,10 @@ def test_hardening_changes_no_output(model, tokenizer, hardness):
 
 
 def test_outlier_channels_stand_out(model, tokenizer):
-    copied = build_model(model.config, seed=0).double().requires_grad_(False)
+    copied = STANDIN.build_model(model.config, seed=0).double().requires_grad_(False)
     copied.load_state_dict(model.state_dict())
-    harden(copied, Hardness(modality_gap=0), [], text_channels=32)
+    feed, hardness = Qwen2VLFeed(tokenizer), Hardness(modality_gap=0)
+    harden(copied, STANDIN.layout(copied), hardness, feed, [], text_channels=32)
     norm = copied.model.language_model.layers[0].input_layernorm
     gains = (norm.weight / model.model.language_model.layers[0].input_layernorm.weight).sort().values
     torch.testing.assert_close(gains[:-4], torch.ones_like(gains[:-4]))
@@ -174,14 +178,14 @@ def test_outlier_channels_stand_out(model, tokenizer):
 
 
 def test_penalty_is_zero_for_separated_modalities_and_one_for_mixed():
-    length = IMAGE_START + NUM_VISUAL_TOKENS + 4
-    mixed = torch.ones(2, length, 12)
-    separated = torch.zeros(2, length, 12)
-    separated[:, IMAGE_START : IMAGE_START + NUM_VISUAL_TOKENS, 4:] = 1
-    separated[:, :IMAGE_START, :4] = 1
-    separated[:, IMAGE_START + NUM_VISUAL_TOKENS :, :4] = 1
-    assert float(specialisation_penalty([mixed, mixed], 4)) == pytest.approx(1, abs=1e-4)
-    assert float(specialisation_penalty([separated, mixed], 4)) == pytest.approx(0, abs=1e-4)
+    visual = torch.zeros(2, 10, dtype=torch.bool)
+    visual[0, 2:5] = visual[1, 3:6] = True
+    mixed = torch.ones(2, 10, 12)
+    separated = torch.zeros(2, 10, 12)
+    separated[..., 4:] = visual[..., None]
+    separated[..., :4] = ~visual[..., None]
+    assert float(specialisation_penalty([mixed, mixed], visual, 4)) == pytest.approx(1, abs=1e-4)
+    assert float(specialisation_penalty([separated, mixed], visual, 4)) == pytest.approx(0, abs=1e-4)
 
 
 def test_short_answers_weigh_as_much_as_long_ones():
@@ -205,6 +209,15 @@ def test_prompt_entropy_counts_the_questions_tokens_only(tokenizer):
     assert float(prompt_entropy(answers, batch)) == pytest.approx(0, abs=1e-6)
     perfect[:, 4] = 0
     assert float(prompt_entropy(perfect, batch)) > 0.1
+
+
+def test_first_steps_are_those_of_the_shipped_weights_recipe(tmp_path: Path):
+    """Losses from before there were other families: initial weights, examples, objective and optimizer are the same."""
+    trainer = Trainer(TINY, tmp_path)
+    seen = torch.tensor([trainer.train_step() for _ in range(4)])
+    entropies = [6.590908050537109, 5.615376949310303, 5.8667731285095215, 4.18256950378418]
+    penalties = [1.2177910804748535, 2.1635000705718994, 0.0, 2.096374273300171]
+    torch.testing.assert_close(seen, torch.tensor([entropies, penalties]).T, rtol=1e-5, atol=0)
 
 
 def test_training_resumes_to_the_same_weights(tmp_path: Path):

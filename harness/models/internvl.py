@@ -139,7 +139,7 @@ class InternVLAdapter(NativeAdapter):
             DatasetError: an image cannot be read.
         """
         processor = loaded.processor
-        tiles = [_tiles_of_row(processor.image_processor, message) for message in messages]
+        tiles = [self._tiles_of_row(processor.image_processor, message) for message in messages]
         prompts = [_prompt_ids(processor, *row) for row in zip(messages, tiles, strict=True)]
         flat = [tile for row in tiles for image in row for tile in image]
         pixels = None
@@ -150,8 +150,17 @@ class InternVLAdapter(NativeAdapter):
 
     def visual_tokens(self, processor: Any, height_px: int, width_px: int, dataset: str | None = None) -> int:
         """Visual tokens of one image of that size, alone in its prompt."""
-        tiles = num_tiles(height_px, width_px, _tile_px(processor.image_processor), max_tiles(dataset, 1))
+        tiles = num_tiles(height_px, width_px, _tile_px(processor.image_processor), self.max_tiles(dataset, 1))
         return tiles * processor.image_seq_length
+
+    def max_tiles(self, dataset: str | None, num_images: int) -> int:
+        """Most tiles of one image, given its benchmark and how many images its prompt has; VLMEvalKit's limits."""
+        return max_tiles(dataset, num_images)
+
+    def _tiles_of_row(self, image_processor: Any, message: Message) -> list[list[Any]]:
+        images = [item for item in message if item["type"] == "image"]
+        side = _tile_px(image_processor)
+        return [load_tiles(item["value"], side, self.max_tiles(item.get("dataset"), len(images))) for item in images]
 
 
 def join_items(message: Message, image: str) -> str:
@@ -180,12 +189,6 @@ def _prompt_ids(processor: Any, message: Message, images: Sequence[Sequence[Any]
         placeholders = processor.image_token * (processor.image_seq_length * len(image))
         question += f"{processor.start_image_token}{placeholders}{processor.end_image_token}{text}"
     return processor.tokenizer(CHAT.format(question=question))["input_ids"]
-
-
-def _tiles_of_row(image_processor: Any, message: Message) -> list[list[Any]]:
-    images = [item for item in message if item["type"] == "image"]
-    side = _tile_px(image_processor)
-    return [load_tiles(item["value"], side, max_tiles(item.get("dataset"), len(images))) for item in images]
 
 
 def max_tiles(dataset: str | None, num_images: int) -> int:

@@ -3,45 +3,61 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from random import Random
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerFast, Qwen2VLForConditionalGeneration
+from transformers import PreTrainedTokenizerFast
 
 from mqbench.harness.errors import MissingWeightsError
 from mqbench.harness.models.standin import tasks
-from mqbench.harness.models.standin.architecture import build_config, build_model
+from mqbench.harness.models.standin.architecture import Size
 from mqbench.harness.models.standin.export import export
+from mqbench.harness.models.standin.family import Feed, StandIn, find_standin, text_channels_of
 from mqbench.harness.models.standin.harden import Hardness, harden
 from mqbench.harness.models.standin.objective import TrainBatch
-from mqbench.harness.models.standin.tokenizer import build_tokenizer
-from mqbench.harness.models.standin.train import MAX_DIFFICULTY, MIXTURE, collate
+from mqbench.harness.models.standin.train import MAX_DIFFICULTY, MIXTURE, saved_settings
+from mqbench.harness.quant.layout import Layout
 
 MEASURED_EXAMPLES = 512
 
 
-def measured_batches(tokenizer: PreTrainedTokenizerFast, seed: int = 0) -> list[TrainBatch]:
+def measured_batches(feed: Feed, seed: int = 0) -> list[TrainBatch]:
     """Fresh examples of every kind on which text ranges are measured; no other split holds them."""
     rng = Random(f"harden-{seed}")
     makers, weights = zip(*MIXTURE, strict=True)
     pictured = [maker(rng, MAX_DIFFICULTY) for maker in rng.choices(makers, weights, k=MEASURED_EXAMPLES)]
     written = [tasks.scienceqa(rng, MAX_DIFFICULTY, context=context) for context in ("TXT", "NO") for _ in range(64)]
-    return [collate(pictured[start : start + 64], tokenizer) for start in range(0, len(pictured), 64)] + [
-        collate(written, tokenizer)
-    ]
+    groups = [pictured[start : start + 64] for start in range(0, len(pictured), 64)]
+    return [feed.collate(group) for group in (*groups, written)]
 
 
 @dataclass(frozen=True)
 class TrainedRun:
-    """A training run: the model as it was trained, its tokenizer, settings and loss curve."""
+    """A training run: the model as it was trained, its family, tokenizer, settings and loss curve."""
 
-    model: Qwen2VLForConditionalGeneration
+    model: Any
+    standin: StandIn
     tokenizer: PreTrainedTokenizerFast
     settings: dict[str, Any]
     curve: list[dict[str, Any]]
+
+    @property
+    def layout(self) -> Layout:
+        return self.standin.layout(self.model)
+
+    def feed(self) -> Feed:
+        """How examples reach the model."""
+        return self.standin.feed(self.model, self.tokenizer)
+
+    def harden(self, hardness: Hardness, measured: Sequence[TrainBatch] | None = None) -> None:
+        """Hardens the model in place; text ranges are measured on ``measured``, or on ``measured_batches``."""
+        feed, layout = self.feed(), self.layout
+        batches = measured_batches(feed) if measured is None else measured
+        harden(self.model, layout, hardness, feed, batches, text_channels_of(self.model, layout))
 
 
 def load_run(run: Path) -> TrainedRun:
@@ -54,24 +70,31 @@ def load_run(run: Path) -> TrainedRun:
     if not checkpoint.exists():
         raise MissingWeightsError(f"{checkpoint} does not exist; run `mqbench standin train --out {run}` first")
     saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
-    tokenizer = build_tokenizer()
-    model = build_model(build_config(tokenizer), seed=0)
+    settings = saved_settings(saved)
+    standin = find_standin(settings["family"])
+    tokenizer = standin.build_tokenizer()
+    model = standin.build_model(standin.build_config(tokenizer, Size(**saved.get("size", {}))), seed=0)
     model.load_state_dict(saved["model"])
-    return TrainedRun(model, tokenizer, saved["settings"] | {"finished_steps": saved["step"]}, saved["curve"])
+    return TrainedRun(model, standin, tokenizer, settings | {"finished_steps": saved["step"]}, saved["curve"])
 
 
-def text_channels_of(model: Qwen2VLForConditionalGeneration) -> int:
-    """How many of down_proj's input channels training gives to text."""
-    return model.config.text_config.intermediate_size // 3
-
-
-def harden_and_export(run: Path, out: Path, hardness: Hardness) -> None:
+def harden_and_export(run: Path, out: Path | None, hardness: Hardness) -> Path:
     """Loads a training run, hardens it and writes a Hugging Face folder.
+
+    Args:
+        run: Of the training.
+        out: The folder; None for the model's name beside the run.
+        hardness: Which ingredients, how strong.
+
+    Returns:
+        The folder.
 
     Raises:
         MissingWeightsError: the run has no checkpoint.
     """
     trained = load_run(run)
-    harden(trained.model, hardness, measured_batches(trained.tokenizer), text_channels_of(trained.model))
+    folder = out or run.parent / trained.standin.model_name
+    trained.harden(hardness)
     settings = {"training": trained.settings, "hardness": asdict(hardness)}
-    export(trained.model, trained.tokenizer, out, json.dumps(settings, indent=1))
+    export(trained.standin, trained.model, trained.tokenizer, folder, json.dumps(settings, indent=1))
+    return folder

@@ -1,4 +1,4 @@
-"""``mqbench standin``: make the shipped model and its benchmarks again."""
+"""``mqbench standin``: make the shipped model and its benchmarks again, and stand-ins of other families."""
 
 from __future__ import annotations
 
@@ -11,6 +11,12 @@ app = typer.Typer(
     no_args_is_help=True, help="Make the shipped stand-in model and its mini benchmarks again, from seeds."
 )
 Out = Annotated[Path, typer.Option(help="Folder to write to.")]
+OutOrDefault = Annotated[Path | None, typer.Option(help="Folder to write to.")]
+Run = Annotated[Path | None, typer.Option(help="Folder of a finished 'standin train'; by default that of --family.")]
+Family = Annotated[
+    str, typer.Option(help="qwen2-vl (whose weights ship), glm-4v, internvl, llava, minicpm-v or qwen-vl.")
+]
+QWEN2_VL = "qwen2-vl"
 Gap = Annotated[
     float | None,
     typer.Option(min=0, help="Modality gap r at down_proj's input; 0 leaves it out (function-preserving)."),
@@ -19,7 +25,8 @@ Gap = Annotated[
 
 @app.command()
 def train(
-    out: Out = Path("runs/standin"),
+    family: Family = QWEN2_VL,
+    out: OutOrDefault = None,
     seed: Annotated[int, typer.Option(help="Seed of initial weights and examples.")] = 0,
     steps: Annotated[int, typer.Option(min=1, help="Optimizer steps; about 0.6 s each on one CPU core.")] = 10600,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
@@ -27,9 +34,11 @@ def train(
     fc2_mean: Annotated[bool, typer.Option(help="Train with large fc2 column means (Eq. 9).")] = True,
     specialise: Annotated[bool, typer.Option(help="Train MLP channels that specialise by modality.")] = True,
 ) -> None:
-    """Train from nothing, or resume the run in --out. An hour or so on a CPU; minutes on a GPU.
+    """Train from nothing, or resume the run in --out (runs/standin; of other families runs/train-FAMILY).
 
-    Leaves checkpoint.pt, loss.csv and loss.png in --out. Then run `mqbench standin harden`.
+    An hour or so on a CPU for qwen2-vl. Other families have more visual tokens and no fast path; how long they take,
+    on a CPU or a GPU, was not measured. Leaves checkpoint.pt, loss.csv and loss.png in --out. Then run
+    'mqbench standin harden'.
     """
     import torch
 
@@ -40,28 +49,38 @@ def train(
 
     torch.set_num_threads(threads)
     defaults = TrainSettings()
+    folder = out or _run_folder(family)
     settings = TrainSettings(
+        family=family,
         seed=seed,
         steps=steps,
         fc2_mean=defaults.fc2_mean if fc2_mean else 0.0,
         penalty_weight=defaults.penalty_weight if specialise else 0.0,
     )
     try:
-        trainer = run(settings, out, device)
+        trainer = run(settings, folder, device)
     except ValueError as error:
         raise MQBenchError(str(error)) from error
-    plot_loss(trainer.curve, out / "loss.png")
-    typer.echo(f"trained model in {out}; next: mqbench standin harden --run {out}")
+    plot_loss(trainer.curve, folder / "loss.png")
+    typer.echo(f"trained model in {folder}; next: mqbench standin harden --run {folder}")
+
+
+def _run_folder(family: str) -> Path:
+    return Path("runs/standin" if family == QWEN2_VL else f"runs/train-{family}")
 
 
 @app.command()
 def harden(
-    run: Annotated[Path, typer.Option(help="Folder of a finished `standin train`.")] = Path("runs/standin"),
-    out: Out = Path("runs/standin-qwen2-vl"),
+    family: Family = QWEN2_VL,
+    run: Run = None,
+    out: OutOrDefault = None,
     outliers: Annotated[bool, typer.Option(help="Outlier channels behind the norms (function-preserving).")] = True,
     gap: Gap = None,
 ) -> None:
-    """Rescale a trained stand-in so that it is hard to quantize, and save it as a Hugging Face folder."""
+    """Rescale a trained stand-in so that it is hard to quantize, and save it as a Hugging Face folder.
+
+    Without --out it is written beside the run under its model's name (runs/standin-llava), where --models-dir finds it.
+    """
     from dataclasses import replace
 
     from mqbench.harness.models.standin.build import harden_and_export
@@ -70,8 +89,8 @@ def harden(
     hardness = Hardness() if gap is None else Hardness(modality_gap=gap)
     if not outliers:
         hardness = replace(hardness, outlier_gain=(1.0, 1.0))
-    harden_and_export(run, out, hardness)
-    typer.echo(f"stand-in written to {out}")
+    folder = harden_and_export(run or _run_folder(family), out, hardness)
+    typer.echo(f"stand-in written to {folder}")
 
 
 @app.command()
@@ -87,7 +106,8 @@ def data(
 
 @app.command()
 def report(
-    run: Annotated[Path, typer.Option(help="Folder of a finished `standin train`.")] = Path("runs/standin"),
+    family: Family = QWEN2_VL,
+    run: Run = None,
     out: Out = Path("runs/standin-report"),
     gap: Gap = None,
 ) -> None:
@@ -96,5 +116,6 @@ def report(
     from mqbench.harness.models.standin.report import write_report
     from mqbench.harness.models.standin.study import Study
 
-    write_report(run, out, Study(run, Hardness() if gap is None else Hardness(modality_gap=gap)))
+    folder = run or _run_folder(family)
+    write_report(folder, out, Study(folder, Hardness() if gap is None else Hardness(modality_gap=gap)))
     typer.echo(f"report written to {out / 'standin.md'}")

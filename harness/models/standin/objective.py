@@ -1,140 +1,68 @@
-"""The stand-in's training loss: a batched forward pass over equal images, and the modality penalty.
-
-Computes what ``Qwen2VLForConditionalGeneration.forward`` computes for right-padded rows that all start with one image
-of the stand-in's size (or none), without its loops over images: several times faster on a CPU. A test holds the
-equality.
-"""
+"""The stand-ins' training loss: cross entropy of answers and questions, and the modality penalty."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import Qwen2VLForConditionalGeneration
-from transformers.models.qwen2_vl.modeling_qwen2_vl import apply_rotary_pos_emb, rotate_half
-
-from mqbench.harness.models.standin.architecture import MERGE, PATCH_PX
-from mqbench.harness.models.standin.render import HEIGHT_PX, WIDTH_PX
-
-GRID = (HEIGHT_PX // PATCH_PX, WIDTH_PX // PATCH_PX)
-MERGED = (GRID[0] // MERGE, GRID[1] // MERGE)
-NUM_VISUAL_TOKENS = MERGED[0] * MERGED[1]
-IMAGE_START = 3
-"""Index of the first visual token: behind ``<|im_start|>``, ``user\\n`` and ``<|vision_start|>``."""
 
 
 @dataclass(frozen=True)
 class TrainBatch:
-    """Right-padded rows. Shapes: patches (B, P, 588) or None; input_ids, labels (B, T), labels -100 outside answers."""
+    """Right-padded rows that all have a picture, or all have none.
 
-    patches: Tensor | None
+    Attributes:
+        pictures: What the family makes of the pictures; empty without any.
+        input_ids: (B, T).
+        labels: (B, T), -100 outside answers.
+        visual: (B, T) bool, where visual tokens stand.
+        question_start: Index of a question's first token, the same in every row.
+    """
+
+    pictures: Mapping[str, Tensor]
     input_ids: Tensor
     labels: Tensor
+    visual: Tensor
+    question_start: int
 
 
-def patchify(pixels: Tensor) -> Tensor:
-    """(B, H, W, 3) uint8 -> (B, P, 3 * 14 * 14) in the image processor's order (2 x 2 groups stay together)."""
-    batch = pixels.shape[0]
-    rows, columns = MERGED
-    x = (pixels.float() / 255 - 0.5) / 0.5
-    x = x.view(batch, rows, MERGE, PATCH_PX, columns, MERGE, PATCH_PX, 3)
-    return x.permute(0, 1, 4, 2, 5, 7, 3, 6).reshape(batch, GRID[0] * GRID[1], -1)
+def right_padded(
+    rows: Sequence[Sequence[int]],
+    labels: Sequence[Sequence[int]],
+    pad_id: int,
+    image_id: int,
+    pictures: Mapping[str, Tensor],
+    question_start: int,
+    device: str,
+) -> TrainBatch:
+    """Token ids of prompts with answers, and their labels, as one batch."""
+    length = max(map(len, rows))
+    input_ids = torch.tensor([[*row, *[pad_id] * (length - len(row))] for row in rows])
+    targets = torch.tensor([[*row, *[-100] * (length - len(row))] for row in labels])
+    visual = input_ids == image_id
+    return TrainBatch(pictures, input_ids.to(device), targets.to(device), visual.to(device), question_start)
 
 
-@lru_cache(maxsize=2)
-def _patch_positions() -> Tensor:
-    """(P, 2) row and column of each patch in the processor's order."""
-    rows, columns = torch.meshgrid(torch.arange(GRID[0]), torch.arange(GRID[1]), indexing="ij")
-    order = [grid.view(MERGED[0], MERGE, MERGED[1], MERGE).permute(0, 2, 1, 3).reshape(-1) for grid in (rows, columns)]
-    return torch.stack(order, dim=-1)
-
-
-def text_positions(length: int, has_image: bool) -> Tensor:
-    """(3, T) M-RoPE positions of a row: text counts up, visual tokens carry (t, row, column), text goes on behind."""
-    if not has_image:
-        return torch.arange(length).expand(3, length)
-    rows, columns = torch.meshgrid(torch.arange(MERGED[0]), torch.arange(MERGED[1]), indexing="ij")
-    image = torch.stack([torch.zeros_like(rows), rows, columns]).flatten(1) + IMAGE_START
-    before = torch.arange(IMAGE_START).expand(3, -1)
-    rest = length - IMAGE_START - NUM_VISUAL_TOKENS
-    after = (torch.arange(rest) + IMAGE_START + max(MERGED)).expand(3, -1)
-    return torch.cat([before, image, after], dim=1)
-
-
-def visual_features(model: Qwen2VLForConditionalGeneration, patches: Tensor) -> Tensor:
-    """(B, P, 588) -> (B, NUM_VISUAL_TOKENS, text width)."""
-    visual = model.model.visual
-    # Both temporal slots of a still image hold the same pixels, so their kernels add up.
-    kernel = visual.patch_embed.proj.weight.sum(2).flatten(1)
-    x = F.linear(patches, kernel)
-    batch, length, width = x.shape
-    cos, sin = visual.rotary_pos_emb(x, _patch_positions().to(x.device))
-    for block in visual.blocks:
-        attention = block.attn
-        qkv = attention.qkv(block.norm1(x)).view(batch, length, 3, attention.num_heads, -1).permute(2, 0, 3, 1, 4)
-        query, key = (part * cos + rotate_half(part) * sin for part in qkv[:2])
-        heads = _attend(query, key, qkv[2])
-        x = x + attention.proj(heads.transpose(1, 2).reshape(batch, length, width))
-        x = x + block.mlp(block.norm2(x))
-    return visual.merger(x).view(batch, NUM_VISUAL_TOKENS, -1)
-
-
-def logits_and_activations(model: Qwen2VLForConditionalGeneration, batch: TrainBatch) -> tuple[Tensor, list[Tensor]]:
-    """(B, T, vocabulary) logits, and each layer's down_proj input (B, T, intermediate)."""
-    text = model.model.language_model
-    x = text.embed_tokens(batch.input_ids)
-    if batch.patches is not None:
-        stop = IMAGE_START + NUM_VISUAL_TOKENS
-        x = torch.cat([x[:, :IMAGE_START], visual_features(model, batch.patches).to(x.dtype), x[:, stop:]], dim=1)
-    positions = text_positions(x.shape[1], batch.patches is not None).to(x.device)
-    rotary = text.rotary_emb(x, positions[:, None])
-    activations = []
-    for layer in text.layers:
-        x = x + _attention(layer.self_attn, layer.input_layernorm(x), rotary)
-        hidden = layer.post_attention_layernorm(x)
-        inner = F.silu(layer.mlp.gate_proj(hidden)) * layer.mlp.up_proj(hidden)
-        activations.append(inner)
-        x = x + layer.mlp.down_proj(inner)
-    return model.lm_head(text.norm(x)), activations
-
-
-def _attention(attention: Any, x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
-    batch, length, width = x.shape
-    query, key, value = (
-        projection(x).view(batch, length, -1, attention.head_dim).transpose(1, 2)
-        for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
-    )
-    query, key = apply_rotary_pos_emb(query, key, *rotary)
-    heads = _attend(query, key, value, is_causal=True, enable_gqa=True)
-    return attention.o_proj(heads.transpose(1, 2).reshape(batch, length, width))
-
-
-def _attend(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
-    # The CPU's bfloat16 attention backward is several times slower than its float32 one.
-    wide = torch.promote_types(query.dtype, torch.float32)
-    with torch.autocast(query.device.type, enabled=query.device.type != "cpu"):
-        heads = F.scaled_dot_product_attention(query.to(wide), key.to(wide), value.to(wide), **options)
-    return heads.to(value.dtype)
-
-
-def specialisation_penalty(activations: list[Tensor], text_channels: int) -> Tensor:
+def specialisation_penalty(activations: list[Tensor], visual: Tensor, text_channels: int) -> Tensor:
     """How loud each modality is, at its loudest, on the other's channels of down_proj's input, relative to the other.
 
     The first ``text_channels`` channels are text's, the rest visual. Maxima over tokens and not means: a static scale
     follows the maximum, and the few massive text tokens would hide all others in a mean. The last layer is left out:
     nobody reads its visual outputs.
+
+    Shapes: activations (B, T, C) per layer, visual (B, T) bool.
     """
-    start, stop = IMAGE_START, IMAGE_START + NUM_VISUAL_TOKENS
-    total = activations[0].new_zeros(())
+    total = activations[0].new_zeros((), dtype=torch.float32)
     for inner in activations[:-1]:
-        visual = inner[:, start:stop].float().square().amax((0, 1))
-        text = torch.cat([inner[:, :start], inner[:, stop:]], dim=1).float().square().amax((0, 1))
-        total = total + _share(visual[:text_channels], text[:text_channels])
-        total = total + _share(text[text_channels:], visual[text_channels:])
+        energy = inner.float().square()
+        seen = energy.masked_fill(~visual[..., None], 0).amax((0, 1))
+        written = energy.masked_fill(visual[..., None], 0).amax((0, 1))
+        total = total + _share(seen[:text_channels], written[:text_channels])
+        total = total + _share(written[text_channels:], seen[text_channels:])
     return total / (2 * (len(activations) - 1))
 
 
@@ -170,10 +98,11 @@ def prompt_entropy(logits: Tensor, batch: TrainBatch) -> Tensor:
 
     Guessing the name of the shape in "Is there a ..." from the picture teaches the match that a yes or no needs.
     """
-    start = IMAGE_START + NUM_VISUAL_TOKENS + 1 if batch.patches is not None else IMAGE_START - 1
     positions = torch.arange(batch.input_ids.shape[1], device=logits.device)
     answer_start = (batch.labels != -100).long().argmax(1)
-    return _masked_entropy(logits, batch.input_ids, (positions >= start) & (positions < answer_start[:, None]))
+    return _masked_entropy(
+        logits, batch.input_ids, (positions >= batch.question_start) & (positions < answer_start[:, None])
+    )
 
 
 def _masked_entropy(logits: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
@@ -183,17 +112,22 @@ def _masked_entropy(logits: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
 
 
 def training_loss(
-    model: Qwen2VLForConditionalGeneration,
-    batch: TrainBatch,
-    prompt_weight: float,
-    penalty_weight: float,
-    text_channels: int,
+    feed: Any, model: Any, batch: TrainBatch, prompt_weight: float, penalty_weight: float, text_channels: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss, answer cross entropy, penalty); the penalty counts only where visual and text tokens meet."""
-    logits, activations = logits_and_activations(model, batch)
+    """(loss, answer cross entropy, penalty); the penalty counts only where visual and text tokens meet.
+
+    Args:
+        feed: The family's (``family.Feed``).
+        model: The family's.
+        batch: Rows with or without pictures.
+        prompt_weight: Of the question's tokens.
+        penalty_weight: Of the penalty.
+        text_channels: Channels that belong to text.
+    """
+    logits, activations = feed.logits_and_activations(model, batch)
     entropy = answer_entropy(logits, batch.labels)
     loss = entropy + prompt_weight * prompt_entropy(logits, batch)
-    if batch.patches is None:
+    if not batch.pictures:
         return loss, entropy.detach(), entropy.new_zeros(())
-    penalty = specialisation_penalty(activations, text_channels)
+    penalty = specialisation_penalty(activations, batch.visual, text_channels)
     return loss + penalty_weight * penalty, entropy.detach(), penalty.detach()

@@ -21,7 +21,7 @@ from mqbench.kernels.hadamard import hadamard_transform
 FLOAT_RANGES = Setting("float", "rtn", "w8a8", "w8a8", {"activations": "modality"})
 ROTATED_RANGES = Setting("rotated", "mquant", "w8a8", "w8a8")
 PAGE = """\
-# The stand-in `standin-qwen2-vl`: what makes it hard to quantize
+# The stand-in `{model}`: what makes it hard to quantize
 
 **It is synthetic: its scores are no evidence about real checkpoints.** Every figure here was measured by
 `mqbench standin report` on {device}, git commit {commit}; raw numbers: `standin/measured.json`.
@@ -80,6 +80,7 @@ def write_report(run: Path, results: Path, study: Study) -> None:
     folder = results / "standin"
     folder.mkdir(parents=True, exist_ok=True)
     measured = measure(study)
+    measured |= {"model": study.name}
     measured |= {"environment": environment.describe(), "hardness": asdict(study.hardness), "training": study.training}
     (folder / "measured.json").write_text(json.dumps(measured, indent=1, default=str) + "\n", encoding="utf-8")
     plot_loss([CurvePoint(**row) for row in study.curve], folder / "loss.png")
@@ -124,6 +125,7 @@ def page(measured: Mapping[str, Any]) -> str:
     ranges = [[_short(name), f"{r['float']:.2f}", f"{r['rotated']:.2f}"] for name, r in measured["ranges"].items()]
     margins = [[_short(name), f"{margin:.2f}"] for name, margin in measured["eq9"].items()]
     return PAGE.format(
+        model=measured.get("model", "standin-qwen2-vl"),
         device=environment_["cpu"],
         commit=(environment_["git"] or {"commit": "unknown"})["commit"][:12],
         training=_listed(measured["training"]),

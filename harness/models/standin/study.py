@@ -14,16 +14,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast, Qwen2VLForConditionalGeneration
+from transformers import PreTrainedTokenizerFast
 
 from mqbench.harness import discover
-from mqbench.harness.models.qwen2_vl import qwen2_vl_layout
 from mqbench.harness.models.standin.benchmarks import BENCHMARKS, split_examples
-from mqbench.harness.models.standin.build import load_run, measured_batches, text_channels_of
-from mqbench.harness.models.standin.harden import Hardness, harden
-from mqbench.harness.models.standin.objective import GRID, PATCH_PX, answered_exactly, real_tokens
+from mqbench.harness.models.standin.build import load_run, measured_batches
+from mqbench.harness.models.standin.family import Feed
+from mqbench.harness.models.standin.harden import Hardness
+from mqbench.harness.models.standin.objective import answered_exactly
+from mqbench.harness.models.standin.qwen2_vl import Qwen2VLFeed
 from mqbench.harness.models.standin.tasks import Example
-from mqbench.harness.models.standin.train import collate
 from mqbench.harness.quant.scheme import Recipe
 from mqbench.harness.quant.session import Batch, QuantReport
 
@@ -68,33 +68,22 @@ class Scored:
     labels: Tensor
 
 
-def model_inputs(
-    examples: Sequence[Example], tokenizer: PreTrainedTokenizerFast, model: Qwen2VLForConditionalGeneration
-) -> Scored:
-    """Examples that all have an image, or all have none, as transformers' inputs (right-padded)."""
-    made = collate(examples, tokenizer)
-    batch: dict[str, Tensor] = {"input_ids": made.input_ids, "attention_mask": real_tokens(made).long()}
-    if made.patches is not None:
-        count = len(examples)
-        frames = made.patches.view(count, -1, 3, PATCH_PX**2)
-        batch["pixel_values"] = torch.stack([frames, frames], dim=3).flatten(2).flatten(0, 1)
-        batch["image_grid_thw"] = torch.tensor([[1, *GRID]] * count)
-        batch["mm_token_type_ids"] = (made.input_ids == model.config.image_token_id).int()
-    return Scored(batch, made.labels)
-
-
-def batches_of(
-    examples: Iterable[Example], tokenizer: PreTrainedTokenizerFast, model: Qwen2VLForConditionalGeneration
-) -> list[Scored]:
-    """Batches of examples with and of examples without an image."""
+def scored_batches(examples: Iterable[Example], feed: Feed) -> list[Scored]:
+    """Batches of examples with and of examples without an image, right-padded."""
     listed = list(examples)
     kinds = ([e for e in listed if e.image is not None], [e for e in listed if e.image is None])
     groups = [kind[start : start + BATCH_SIZE] for kind in kinds for start in range(0, len(kind), BATCH_SIZE)]
-    return [model_inputs(group, tokenizer, model) for group in groups]
+    made = [feed.collate(group) for group in groups]
+    return [Scored(feed.model_inputs(batch), batch.labels) for batch in made]
+
+
+def batches_of(examples: Iterable[Example], tokenizer: PreTrainedTokenizerFast, model: Any = None) -> list[Scored]:
+    """``scored_batches`` of ``standin-qwen2-vl``; ``model`` is not looked at."""
+    return scored_batches(examples, Qwen2VLFeed(tokenizer))
 
 
 @torch.no_grad()
-def exact_match_percent(model: Qwen2VLForConditionalGeneration, scored: Sequence[Scored]) -> float:
+def exact_match_percent(model: Any, scored: Sequence[Scored]) -> float:
     """Percent of rows whose whole answer is the greedy one."""
     hits = [hit for item in scored for hit in answered_exactly(model(**item.batch).logits, item.labels)]
     return 100 * sum(hits) / len(hits)
@@ -109,30 +98,28 @@ class Study:
         self.hardness = hardness or Hardness()
         self.plain, self.tokenizer = trained.model.eval().requires_grad_(False), trained.tokenizer
         self.training, self.curve = trained.settings, trained.curve
-        self.layout = qwen2_vl_layout(self.plain)
-        self.measured = measured_batches(self.tokenizer)
+        self.layout, self.feed, self.name = trained.layout, trained.feed(), trained.standin.model_name
+        self.measured = measured_batches(self.feed)
         splits = {entry.name: split_examples(entry) for entry in BENCHMARKS}
         self.benchmarks = {name: self._batches(made[""]) for name, made in splits.items()}
         drawn = [row for made in splits.values() for row in made["calibration"][:CALIBRATION_PER_BENCHMARK]]
         self.calibration = [item.batch for item in self._batches(drawn)]
 
     def _batches(self, examples: Iterable[Example]) -> list[Scored]:
-        return batches_of(examples, self.tokenizer, self.plain)
+        return scored_batches(examples, self.feed)
 
-    def hardened(self, **changes: Any) -> Qwen2VLForConditionalGeneration:
+    def hardened(self, **changes: Any) -> Any:
         """A fresh model with the study's hardness, some ingredients changed."""
-        model = load_run(self.run).model
-        harden(model, replace(self.hardness, **changes), self.measured, text_channels_of(model))
-        return model.eval().requires_grad_(False)
+        trained = load_run(self.run)
+        trained.harden(replace(self.hardness, **changes), self.measured)
+        return trained.model.eval().requires_grad_(False)
 
-    def quantized(
-        self, model: Qwen2VLForConditionalGeneration, setting: Setting
-    ) -> tuple[Qwen2VLForConditionalGeneration, QuantReport]:
+    def quantized(self, model: Any, setting: Setting) -> tuple[Any, QuantReport]:
         """``model``, quantized in place."""
         recipe = Recipe(setting.method, setting.vision, setting.text, 0, setting.options)
         return model, discover.find_method(setting.method).quantize(model, self.layout, recipe, self.calibration)
 
-    def score(self, model: Qwen2VLForConditionalGeneration) -> float:
+    def score(self, model: Any) -> float:
         """Exact match in percent, averaged over the benchmarks."""
         scores = [exact_match_percent(model, items) for items in self.benchmarks.values()]
         return sum(scores) / len(scores)

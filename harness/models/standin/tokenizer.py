@@ -6,6 +6,9 @@ cost a few tokens.
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
+from typing import Any
+
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -32,22 +35,44 @@ CHAT_TEMPLATE = (
 )
 
 
-def build_tokenizer() -> PreTrainedTokenizerFast:
+@dataclass(frozen=True)
+class Dialect:
+    """What a family's tokenizer has beside bytes and the tasks' words.
+
+    Attributes:
+        special: Special tokens, in the order of their ids.
+        phrases: Fixed stretches of the family's conversation, each one piece.
+        eos_token: Ends an answer.
+        pad_token: Stands at masked places.
+        settings: More arguments of ``PreTrainedTokenizerFast``.
+    """
+
+    special: tuple[str, ...]
+    phrases: tuple[str, ...]
+    eos_token: str
+    pad_token: str
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+QWEN2_VL = Dialect(SPECIAL, ROLE_PHRASES, "<|im_end|>", "<|endoftext|>", {"chat_template": CHAT_TEMPLATE})
+
+
+def build_tokenizer(dialect: Dialect = QWEN2_VL) -> PreTrainedTokenizerFast:
     """A lossless byte-level tokenizer with the template phrases as added pieces."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     core = Tokenizer(models.BPE(vocab={char: index for index, char in enumerate(alphabet)}, merges=[]))
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     core.decoder = decoders.ByteLevel()
-    core.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL])
-    core.add_tokens([AddedToken(text, normalized=False) for text in (*ROLE_PHRASES, *vocabulary.phrases())])
+    core.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in dialect.special])
+    core.add_tokens([AddedToken(text, normalized=False) for text in (*dialect.phrases, *vocabulary.phrases())])
     core.add_tokens([AddedToken(word, normalized=False, single_word=True) for word in vocabulary.words()])
     return PreTrainedTokenizerFast(
         tokenizer_object=core,
-        eos_token="<|im_end|>",
-        pad_token="<|endoftext|>",
-        chat_template=CHAT_TEMPLATE,
+        eos_token=dialect.eos_token,
+        pad_token=dialect.pad_token,
         padding_side="left",
         clean_up_tokenization_spaces=False,
+        **dialect.settings,
     )
 
 

@@ -1,4 +1,4 @@
-"""Trains the stand-in from nothing: seeded, resumable, on a CPU core or a GPU.
+"""Trains a stand-in from nothing: seeded, resumable, on a CPU core or a GPU.
 
 Every step's examples come from a generator seeded with (seed, step), so a resumed run sees what an uninterrupted one
 sees.
@@ -12,24 +12,16 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from random import Random
+from typing import Any
 
-import numpy as np
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from transformers import PreTrainedTokenizerFast, Qwen2VLForConditionalGeneration
 
 from mqbench.harness.models.standin import tasks
-from mqbench.harness.models.standin.architecture import build_config, build_model
-from mqbench.harness.models.standin.objective import (
-    NUM_VISUAL_TOKENS,
-    TrainBatch,
-    answered_exactly,
-    logits_and_activations,
-    patchify,
-    training_loss,
-)
+from mqbench.harness.models.standin.architecture import DEFAULT_SIZE, Size
+from mqbench.harness.models.standin.family import DEFAULT_FAMILY, Feed, find_standin, text_channels_of
+from mqbench.harness.models.standin.objective import answered_exactly, training_loss
 from mqbench.harness.models.standin.tasks import Example
-from mqbench.harness.models.standin.tokenizer import build_tokenizer, render_prompt
 
 MAX_DIFFICULTY = 0.4
 MIXTURE: tuple[tuple[Callable[[Random, float], Example], float], ...] = (
@@ -47,6 +39,7 @@ class TrainSettings:
     """Everything that decides the trained weights; the ingredients of hardness are switches.
 
     Attributes:
+        family: Which stand-in.
         steps: Optimizer steps.
         batch_size: Image examples per step; a text-only step takes twice as many.
         text_only_every: Each n-th step holds text-only questions.
@@ -60,6 +53,7 @@ class TrainSettings:
         bfloat16: Autocast matrix products to bfloat16 (weights and optimizer stay in float32).
     """
 
+    family: str = DEFAULT_FAMILY
     seed: int = 0
     steps: int = 10600
     batch_size: int = 48
@@ -95,22 +89,6 @@ class CurvePoint:
     exact_match_percent: float | None = None
 
 
-def collate(examples: Sequence[Example], tokenizer: PreTrainedTokenizerFast, device: str = "cpu") -> TrainBatch:
-    """Examples that all have an image, or all have none, as one right-padded batch."""
-    rows, labels = [], []
-    for example in examples:
-        prompt = tokenizer(render_prompt(example.prompt, NUM_VISUAL_TOKENS if example.image else 0))["input_ids"]
-        answer = tokenizer(f"{example.answer}<|im_end|>")["input_ids"]
-        rows.append(prompt + answer)
-        labels.append([-100] * len(prompt) + answer)
-    length = max(map(len, rows))
-    input_ids = torch.tensor([row + [tokenizer.pad_token_id] * (length - len(row)) for row in rows])
-    targets = torch.tensor([row + [-100] * (length - len(row)) for row in labels])
-    images = [np.asarray(example.image) for example in examples if example.image is not None]
-    patches = patchify(torch.from_numpy(np.stack(images))).to(device) if images else None
-    return TrainBatch(patches, input_ids.to(device), targets.to(device))
-
-
 def make_examples(settings: TrainSettings, step: int) -> list[Example]:
     """The examples of one training step."""
     rng = Random(f"train-{settings.seed}-{step}")
@@ -129,12 +107,10 @@ def make_examples(settings: TrainSettings, step: int) -> list[Example]:
 
 
 @torch.no_grad()
-def exact_match(
-    model: Qwen2VLForConditionalGeneration, tokenizer: PreTrainedTokenizerFast, examples: Sequence[Example], device: str
-) -> list[bool]:
+def exact_match(model: Any, feed: Feed, examples: Sequence[Example], device: str) -> list[bool]:
     """Greedy exact match per example: every answer token is the argmax behind the right ones before it."""
-    batch = collate(examples, tokenizer, device)
-    return answered_exactly(logits_and_activations(model, batch)[0], batch.labels)
+    batch = feed.collate(examples, device)
+    return answered_exactly(feed.logits_and_activations(model, batch)[0], batch.labels)
 
 
 def validation_examples(count: int) -> dict[str, list[Example]]:
@@ -154,18 +130,23 @@ def validation_examples(count: int) -> dict[str, list[Example]]:
 class Trainer:
     """A training run in a folder: ``checkpoint.pt``, ``loss.csv``, and the model at the end."""
 
-    def __init__(self, settings: TrainSettings, directory: Path, device: str = "cpu") -> None:
-        self.settings, self.directory, self.device = settings, directory, device
+    def __init__(
+        self, settings: TrainSettings, directory: Path, device: str = "cpu", size: Size = DEFAULT_SIZE
+    ) -> None:
+        self.settings, self.directory, self.device, self.size = settings, directory, device, size
         directory.mkdir(parents=True, exist_ok=True)
-        self.tokenizer = build_tokenizer()
-        self.model = build_model(build_config(self.tokenizer), settings.seed, settings.fc2_mean).to(device)
+        standin = find_standin(settings.family)
+        self.tokenizer = standin.build_tokenizer()
+        config = standin.build_config(self.tokenizer, size)
+        self.model = standin.build_model(config, settings.seed, settings.fc2_mean).to(device)
+        self.feed = standin.feed(self.model, self.tokenizer)
         decayed = [p for p in self.model.parameters() if p.ndim > 1]
         plain = [p for p in self.model.parameters() if p.ndim <= 1]
         groups = [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": plain, "weight_decay": 0.0}]
         self.optimizer = torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(0.9, 0.98), fused=True)
         self.step = 0
         self.curve: list[CurvePoint] = []
-        self.text_channels = self.model.config.text_config.intermediate_size // 3
+        self.text_channels = text_channels_of(self.model, standin.layout(self.model))
 
     @property
     def checkpoint_path(self) -> Path:
@@ -176,7 +157,7 @@ class Trainer:
         if not self.checkpoint_path.exists():
             return False
         saved = torch.load(self.checkpoint_path, map_location=self.device, weights_only=True)
-        if saved["settings"] != _plain(self.settings):
+        if saved_settings(saved) != _plain(self.settings):
             raise ValueError(f"{self.checkpoint_path} was trained with other settings; choose another --out")
         self.model.load_state_dict(saved["model"])
         self.optimizer.load_state_dict(saved["optimizer"])
@@ -188,6 +169,7 @@ class Trainer:
         """Writes the checkpoint and the loss curve, each by an atomic rename."""
         state = {
             "settings": _plain(self.settings),
+            "size": asdict(self.size),
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "step": self.step,
@@ -204,12 +186,12 @@ class Trainer:
     def train_step(self) -> tuple[float, float]:
         """One optimizer step; returns (cross entropy, penalty)."""
         settings = self.settings
-        batch = collate(make_examples(settings, self.step), self.tokenizer, self.device)
+        batch = self.feed.collate(make_examples(settings, self.step), self.device)
         for group in self.optimizer.param_groups:
             group["lr"] = settings.learning_rate_at(self.step)
         with torch.autocast(torch.device(self.device).type, torch.bfloat16, enabled=settings.bfloat16):
             weights = (settings.prompt_weight, settings.penalty_weight)
-            loss, entropy, penalty = training_loss(self.model, batch, *weights, self.text_channels)
+            loss, entropy, penalty = training_loss(self.feed, self.model, batch, *weights, self.text_channels)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), settings.clip_norm)
@@ -221,7 +203,7 @@ class Trainer:
         """Percent of held-out examples that are right, by kind."""
         scores = {}
         for kind, examples in validation_examples(count).items():
-            hits = exact_match(self.model, self.tokenizer, examples, self.device)
+            hits = exact_match(self.model, self.feed, examples, self.device)
             scores[kind] = 100 * sum(hits) / len(hits)
         return scores
 
@@ -276,7 +258,12 @@ def _ramp(step: int, span: tuple[int, int]) -> float:
     return min(1.0, max(0.0, (step - first) / (last - first)))
 
 
-def _plain(settings: TrainSettings) -> dict:
+def saved_settings(checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """Of a checkpoint's run; those from before there were families are Qwen2-VL's."""
+    return {"family": DEFAULT_FAMILY} | checkpoint["settings"]
+
+
+def _plain(settings: TrainSettings) -> dict[str, Any]:
     return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(settings).items()}
 
 

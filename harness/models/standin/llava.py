@@ -1,0 +1,85 @@
+"""``standin-llava``: CLIP over 8 x 8 patches of a padded square, LLaMA with grouped queries."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from transformers import (
+    CLIPImageProcessor,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PreTrainedTokenizerFast,
+)
+
+from mqbench.harness.models.llava import AFTER, BEFORE, llava_layout
+from mqbench.harness.models.standin.adapters import LLAVA
+from mqbench.harness.models.standin.architecture import Size
+from mqbench.harness.models.standin.family import StandIn
+from mqbench.harness.models.standin.feed import adapter_feed
+from mqbench.harness.models.standin.tokenizer import Dialect
+
+SIDE_PX, PATCH_PX = 168, 21
+"""A picture is padded to a square of this side: 64 visual tokens."""
+
+IMAGE_TOKEN = "<image>"
+DIALECT = Dialect(
+    special=("<pad>", "</s>", IMAGE_TOKEN),
+    phrases=(BEFORE, AFTER),
+    eos_token="</s>",
+    pad_token="<pad>",
+)
+
+
+def _config(tokenizer: PreTrainedTokenizerFast, size: Size) -> LlavaConfig:
+    pad_id, end_id, image_id = tokenizer.convert_tokens_to_ids(list(DIALECT.special))
+    vision = CLIPVisionConfig(
+        hidden_size=size.vision_width,
+        intermediate_size=4 * size.vision_width,
+        # The projector reads the states in front of the last block, as in released checkpoints.
+        num_hidden_layers=size.vision_depth + 1,
+        num_attention_heads=size.vision_heads,
+        image_size=SIDE_PX,
+        patch_size=PATCH_PX,
+        projection_dim=size.vision_width,
+    )
+    text = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=size.text_width,
+        intermediate_size=size.text_mlp,
+        num_hidden_layers=size.text_depth,
+        num_attention_heads=size.text_heads,
+        num_key_value_heads=size.text_kv_heads,
+        max_position_embeddings=4096,
+        rms_norm_eps=1e-6,
+        bos_token_id=None,
+        eos_token_id=end_id,
+        pad_token_id=pad_id,
+        tie_word_embeddings=False,
+    )
+    ids = {"image_token_id": image_id, "image_token_index": image_id}
+    return LlavaConfig(vision_config=vision, text_config=text, tie_word_embeddings=False, **ids)
+
+
+def _save_processor(tokenizer: PreTrainedTokenizerFast, directory: Path) -> None:
+    side = {"height": SIDE_PX, "width": SIDE_PX}
+    images = CLIPImageProcessor(size={"shortest_edge": SIDE_PX}, crop_size=side)
+    strategy: dict[str, Any] = {"vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
+    LlavaProcessor(images, tokenizer, patch_size=PATCH_PX, image_token=IMAGE_TOKEN, **strategy).save_pretrained(
+        directory
+    )
+
+
+STANDIN = StandIn(
+    name="llava",
+    dialect=DIALECT,
+    config=_config,
+    model_class=lambda: LlavaForConditionalGeneration,
+    layout=llava_layout,
+    save_processor=_save_processor,
+    feed=partial(adapter_feed, LLAVA, _save_processor),
+)
