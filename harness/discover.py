@@ -94,21 +94,21 @@ def all_families() -> Registry:
 
 
 def family_of(model: str) -> Family:
-    """The family of a registered model: the one that lists it in ``configs``, or that stands in the same module.
+    """The family of a registered model: the one that lists it in ``configs``, or whose module has the adapter's class.
 
     Raises:
         UnknownNameError: no such model.
         PluginError: no healthy family has it, so nothing can be proved.
     """
-    find_model(model)
+    adapter = find_model(model)
     registry = all_families()
     for family in registry.found.values():
         if model in family.configs:
             return cast("Family", family)
-    home = {point.module for point in registered(MODEL_GROUP) if model in _names_of(point)}
-    for point in registered(FAMILY_GROUP):
-        if point.module in home:
-            return cast("Family", _load_family(point))
+    points = {point.module: point for point in registered(FAMILY_GROUP)}
+    for base in type(adapter).__mro__:  # a subclass comes before the family that it builds on
+        if base.__module__ in points:
+            return cast("Family", _load_family(points[base.__module__]))
     broken = f"; also, {registry.broken[0]}" if registry.broken else ""
     raise PluginError(
         f"no family of group '{FAMILY_GROUP}' lists model '{model}' in its configs; register one to prove it{broken}"
@@ -154,13 +154,6 @@ def _load_adapters(point: EntryPoint) -> list[Any]:
     for adapter in listed:
         _require(point, adapter, ADAPTER_NEEDS)
     return listed
-
-
-def _names_of(point: EntryPoint) -> set[str]:
-    try:
-        return {adapter.name for adapter in _load_adapters(point)}
-    except PluginError:  # told by whoever lists models
-        return set()
 
 
 def _load(point: EntryPoint) -> Any:
