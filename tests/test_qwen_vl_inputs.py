@@ -31,6 +31,7 @@ from mqbench.harness.models.qwen_vl import (
     TOKEN_FILE,
     TOKEN_PATTERN,
 )
+from mqbench.harness.models.trees.qwen_vl import QWenConfig
 
 (ADAPTER,) = ADAPTERS
 WORDS = (b"th", b"in", b"the", b" the", b"Pi", b"Pict", b"ture", b"ct", b"tu", b"re", b"Picture", b"\n\n", b" 1")
@@ -183,6 +184,27 @@ def test_damaged_tokenizers_are_named(folder: Path, tmp_path: Path) -> None:
     (copy / TOKEN_FILE).unlink()
     with pytest.raises(MissingWeightsError, match=f"lacks {TOKEN_FILE}"):
         ADAPTER.load(copy, "cpu", torch.float32)
+
+
+def test_the_released_config_is_understood(tmp_path: Path) -> None:
+    """As in the checkpoint, with fields that matter only to the released code; our defaults are its values."""
+    visual = {"heads": 16, "image_size": 448, "image_start_id": 151857, "layers": 48, "mlp_ratio": 4.9231}
+    released = {
+        "attn_dropout_prob": 0.0, "bf16": True, "emb_dropout_prob": 0.0,
+        "auto_map": {"AutoModelForCausalLM": "modeling_qwen.QWenLMHeadModel"}, "fp16": False, "fp32": False,
+        "hidden_size": 4096, "initializer_range": 0.02, "intermediate_size": 22016, "kv_channels": 128,
+        "layer_norm_epsilon": 1e-06, "max_position_embeddings": 8192, "model_type": "qwen", "no_bias": True,
+        "num_attention_heads": 32, "num_hidden_layers": 32, "onnx_safe": None, "rotary_emb_base": 10000,
+        "rotary_pct": 1.0, "scale_attn_weights": True, "seq_length": 2048, "tie_word_embeddings": False,
+        "tokenizer_type": "QWenTokenizer", "use_cache": True, "use_dynamic_ntk": True,
+        "use_flash_attn": False, "use_logn_attn": True, "vocab_size": 151936,
+        "visual": {**visual, "output_dim": 4096, "patch_size": 14, "width": 1664},
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(released))
+    found, expected = QWenConfig.from_pretrained(tmp_path), FAMILY.configs["qwen-vl-chat"]()
+    for name in released.keys() & vars(expected).keys():
+        assert getattr(found, name) == getattr(expected, name), name
+    assert FAMILY.layout(found) == FAMILY.layout(expected)
 
 
 @pytest.mark.parametrize("shards", [1, 2])
