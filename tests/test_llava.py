@@ -14,6 +14,7 @@ from transformers import CLIPImageProcessor, LlavaProcessor
 from fakes.native_checks import DAMAGES, check_answers, check_batch, check_damage, check_greedy, message
 from fakes.native_folders import byte_tokenizer, write_folder
 from fakes.qwen2_vl_folder import write_image
+from mqbench.harness import evaluate
 from mqbench.harness.blueprint import load_blueprint
 from mqbench.harness.blueprint_tokens import visual_tokens
 from mqbench.harness.errors import DatasetError
@@ -92,6 +93,17 @@ def test_text_only_prompt(adapter: LlavaAdapter, loaded: LoadedModel) -> None:
     batch = adapter.encode(loaded, [message("Why?")])
     assert "pixel_values" not in batch
     assert loaded.processor.tokenizer.decode(batch["input_ids"][0]) == f"<s>{SYSTEM}USER: Why? ASSISTANT: "
+
+
+def test_prompts_are_vlmevalkits(adapter: LlavaAdapter, loaded: LoadedModel, messages: list[Message]) -> None:
+    """The items of a message are joined as its wrapper does; each image is four placeholders here."""
+    join = evaluate._vlmeval("vlmeval.vlm.llava.llava").LLaVA.concat_tilist
+    for single in messages:
+        text, images = join(None, single)
+        ids = adapter.encode(loaded, [single])["input_ids"][0]
+        assert int((ids == loaded.layout.image_token_id).sum()) == 4 * len(images)
+        prompt = loaded.processor.tokenizer.decode(ids).replace("<image>" * 4, "<image>")
+        assert prompt == f"<s>{SYSTEM}USER: {text} ASSISTANT: "
 
 
 @pytest.mark.parametrize("size", [(40, 21), (9, 30), (33, 33)])
