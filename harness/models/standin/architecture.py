@@ -67,15 +67,17 @@ def _branch_shares(tower: Tower) -> Iterator[tuple[str, float]]:
 
 @torch.no_grad()
 def _initialize_parameters(model: nn.Module, layout: Layout) -> None:
-    """Class tokens and position tables that are no modules, and the gains of norms behind branches."""
-    parameters = dict(model.named_parameters())
-    for tower in (layout.vision, layout.text):
-        for name in () if tower is None else tower.entry:
-            if name in parameters:
-                nn.init.normal_(parameters[name], std=EMBEDDING_STD)
-        if tower is not None and tower.norm_place is NormPlace.POST:
-            for norm in tower.block_norms:
-                nn.init.constant_(parameters[f"{norm.name}.weight"], 1 / math.sqrt(2 * len(tower.blocks)))
+    """Class tokens, queries and position tables that are no modules, and the gains of norms behind branches."""
+    for module in model.modules():
+        if isinstance(module, (nn.Linear, nn.Conv2d, nn.Conv3d, nn.Embedding)):
+            continue
+        for parameter in module.parameters(recurse=False):
+            if parameter.dim() > 1 and parameter.requires_grad:
+                nn.init.normal_(parameter, std=EMBEDDING_STD)
+    for tower in layout.towers:
+        for norm in tower.block_norms if tower.norm_place is NormPlace.POST else ():
+            gain = model.get_parameter(f"{norm.name}.weight")
+            nn.init.constant_(gain, 1 / math.sqrt(2 * len(tower.blocks)))
 
 
 @torch.no_grad()

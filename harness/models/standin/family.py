@@ -30,8 +30,11 @@ DEFAULT_FAMILY = "qwen2-vl"
 MODULES: Mapping[str, str] = MappingProxyType(
     {
         DEFAULT_FAMILY: "qwen2_vl",
+        "glm-4v": "glm_4v",
         "internvl": "internvl",
         "llava": "llava",
+        "minicpm-v": "minicpm_v",
+        "qwen-vl": "qwen_vl",
     }
 )
 """Modules of this package that hold a ``STANDIN``, by the family's name for users."""
