@@ -50,7 +50,14 @@ def arguments(command: str, place: Workplace) -> list[str]:
         return ["eval", *place.arguments]
     if command == "run":
         plan = place.root / "plan.toml"
-        plan.write_text('[[run]]\nmodels = ["fake-model"]\nmethods = ["good"]\nbits = ["w4a8"]\ncalib_samples = 4\ntasks = ["textvqa"]\n')
+        lines = [
+            'models = ["fake-model"]',
+            'methods = ["good"]',
+            'bits = ["w4a8"]',
+            'tasks = ["textvqa"]',
+            "calib_samples = 4",
+        ]
+        plan.write_text("\n".join(["[[run]]", *lines]))
         folders = [f"--out={place.out}", f"--data-dir={place.data}", f"--models-dir={place.models}"]
         return ["run", f"--plan={plan}", *folders]
     folders = [f"--out={place.root / 'new'}", f"--data-dir={place.data}", f"--models-dir={place.models}"]
