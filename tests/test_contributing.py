@@ -65,7 +65,7 @@ def test_family_example_holds_its_proofs(tmp_path: Path, monkeypatch: pytest.Mon
     assert {"names", "shapes smolvlm2-256m", "exact mquant"} <= {outcome.name for outcome in outcomes}
     with torch.device("meta"):
         model = family.build(family.configs["smolvlm2-256m"]())
-    assert sum(parameter.numel() for parameter in model.parameters()) == 256_484_928  # published for the first SmolVLM-256M, of the same sizes
+    assert sum(parameter.numel() for parameter in model.parameters()) == 256_484_928  # SmolVLM-256M, too
 
 
 def test_family_example_loads_and_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
