@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -19,6 +20,7 @@ from mqbench.harness.models.standin.build import harden_and_export
 from mqbench.harness.models.standin.family import MODULES, find_standin, text_channels_of
 from mqbench.harness.models.standin.feed import message_of
 from mqbench.harness.models.standin.harden import Hardness, harden
+from mqbench.harness.models.standin.objective import TrainBatch, answer_entropy, training_loss
 from mqbench.harness.models.standin.tasks import Example
 from mqbench.harness.models.standin.train import Trainer, TrainSettings
 from mqbench.harness.quant.layout import NormPlace
@@ -91,6 +93,37 @@ def test_loss_falls(trainer: Trainer, tmp_path: Path) -> None:
     entropies = [own.train_step()[0] for _ in range(20)]
     pictured = [value for step, value in enumerate(entropies) if step % 3 != 2]
     assert sum(pictured[-3:]) < 0.8 * sum(pictured[:3])
+
+
+def test_answers_come_from_the_picture(trainer: Trainer, tmp_path: Path) -> None:
+    """Four pictures and one question are learnt by heart; with each other's pictures the first letters are wrong."""
+    own = Trainer(settings(trainer.settings.family), tmp_path, size=SMALL)
+    rng = Random(0)
+    made = [tasks.first_reading(rng, 0) for _ in range(4)]
+    assert len({example.prompt for example in made}) == 1
+    assert len({example.answer[0] for example in made}) == 4
+    batch = first_letters(own.feed.collate(made))
+    optimizer = torch.optim.AdamW(own.model.parameters(), lr=1e-3, betas=(0.9, 0.98))
+    for _ in range(100):
+        loss, _, _ = training_loss(own.feed, own.model, batch, 0.0, 0.0, 64)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    with torch.no_grad():
+        exchanged = own.feed.collate([replace(one, image=two.image) for one, two in zip(made, made[::-1], strict=True)])
+        logits = [own.feed.logits_and_activations(own.model, item)[0] for item in (batch, exchanged)]
+    right, wrong = (float(answer_entropy(item, batch.labels)) for item in logits)
+    assert right < 0.3, "guessing costs log 4"
+    assert wrong > 2
+
+
+def first_letters(batch: TrainBatch) -> TrainBatch:
+    """The batch with all labels masked but the first at which answers differ."""
+    differs = (batch.labels != batch.labels[:1]).any(0)
+    masked = torch.full_like(batch.labels, -100)
+    place = int(differs.long().argmax())
+    masked[:, place] = batch.labels[:, place]
+    return replace(batch, labels=masked)
 
 
 def test_branches_start_small(trainer: Trainer) -> None:

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from mqbench.harness.models.glm_4v import GLM4VAdapter
+from mqbench.harness.models.glm_4v import TOKEN_CONFIG, GLM4VAdapter
 from mqbench.harness.models.internvl import InternVLAdapter
 from mqbench.harness.models.llava import LlavaAdapter
 from mqbench.harness.models.minicpm_v import MiniCPMVAdapter
@@ -50,7 +50,7 @@ class StandinInternVL(TrainedHere, InternVLAdapter):
 class StandinGLM4V(TrainedHere, GLM4VAdapter):
     """``standin-glm-4v``: its tokenizer is a ``tokenizer.json``, not a tiktoken file."""
 
-    needed = ((CONFIG_FILE,), (TOKENIZER_FILE,))
+    needed = ((CONFIG_FILE,), (TOKENIZER_FILE,), (TOKEN_CONFIG,))
 
     def load_tokenizer(self, path: Path) -> Any:
         return _fast_tokenizer(path)
