@@ -68,7 +68,9 @@ def load_run(run: Path) -> TrainedRun:
     """
     checkpoint = run / "checkpoint.pt"
     if not checkpoint.exists():
-        raise MissingWeightsError(f"{checkpoint} does not exist; run `mqbench standin train --out {run}` first")
+        raise MissingWeightsError(
+            f"{checkpoint} does not exist; run `mqbench standin train --out {run}` (and the --family) first"
+        )
     saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
     settings = saved_settings(saved)
     standin = find_standin(settings["family"])
