@@ -162,9 +162,7 @@ def weight_only_gemv(
     )
 
 
-def _launch_integer(
-    x_q: Tensor, w: Tensor, epilogue: Epilogue, out: Tensor, config: GemvConfig, is_int4: bool
-) -> None:
+def _launch_integer(x_q: Tensor, w: Tensor, epilogue: Epilogue, out: Tensor, config: GemvConfig, is_int4: bool) -> None:
     num_rows, num_out = out.shape
     acc_scale = NIBBLE_SCALE if is_int4 else 1.0
     first = target(out, config.split_k)

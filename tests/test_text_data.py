@@ -210,9 +210,7 @@ def test_what_records_say_needs_no_tokenizer(data_dir: Path) -> None:
 def test_a_paragraph_of_the_test_split_is_refused(data_dir: Path) -> None:
     copied = load_corpus("test", data_dir).rows[5].replace(" w", "  W")
     write_raw(data_dir / "WikiText-2", "train", [*raw_rows(paragraphs=9), copied])
-    with pytest.raises(
-        CalibrationError, match=r"1 evaluated paragraph\(s\) of .*'w20040 .*'\); remove them"
-    ):
+    with pytest.raises(CalibrationError, match=r"1 evaluated paragraph\(s\) of .*'w20040 .*'\); remove them"):
         load_text_calibration(2, 0, 33, byte_tokenizer(), data_dir)
 
 
