@@ -7,6 +7,7 @@ records are, too.
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -15,6 +16,11 @@ from typing import Any, TypeVar
 from mqbench.harness.errors import MQBenchError, RequestError
 
 Item = TypeVar("Item")
+
+LOST = "error: another rank is gone; finished cells are stored, the same command goes on from here"
+"""No cell failed, so no record may say so: this rank ends, too."""
+
+MAX_REASON = 200
 
 
 class OtherRankError(MQBenchError):
@@ -52,6 +58,7 @@ class Ranks:
 
         Raises:
             OtherRankError: another rank raised; what this one raises comes out as it is.
+            SystemExit: another rank is gone.
         """
         if self.size == 1:
             return dict(answer())
@@ -78,7 +85,10 @@ class Ranks:
         from torch import distributed
 
         items: list[Any] = [None] * self.size
-        distributed.all_gather_object(items, item)
+        try:
+            distributed.all_gather_object(items, item)
+        except RuntimeError as error:
+            raise SystemExit(f"{LOST}: {' '.join(str(error).split())[:MAX_REASON]}") from error
         return items
 
 
@@ -98,4 +108,13 @@ def join_ranks() -> Ranks:
 
     if not distributed.is_initialized():
         distributed.init_process_group("gloo")  # only Python objects travel
+        atexit.register(_leave)
     return ranks
+
+
+def _leave() -> None:
+    """Ends the group before the interpreter ends: its threads abort a process that just exits."""
+    from torch import distributed
+
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
