@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from types import TracebackType
+from typing import Self
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
@@ -12,14 +13,12 @@ from mqbench.harness.execute import Finished
 from mqbench.harness.plan import Plan, rows_of
 
 
-class ProgressView:
-    """A ``run.View`` on a rich console. The unit of work is an evaluated row or a calibration sample used."""
+class ProgressBar:
+    """A bar on a terminal with the time left, and lines everywhere."""
 
-    def __init__(self, plan: Plan, console: Console) -> None:
+    def __init__(self, description: str, total: int, console: Console) -> None:
         self._console = console
-        self._num_cells = plan.num_to_run
-        self._num_done = 0
-        self._total = work_of(plan)
+        self._total = total
         self._done = 0
         self._started = time.monotonic()
         self._bar = Progress(
@@ -33,9 +32,9 @@ class ProgressView:
             disable=not console.is_terminal,
             transient=True,
         )
-        self._task = self._bar.add_task("starting workers", total=self._total, left="")
+        self._task = self._bar.add_task(description, total=total, left="")
 
-    def __enter__(self) -> ProgressView:
+    def __enter__(self) -> Self:
         self._bar.start()
         return self
 
@@ -43,6 +42,32 @@ class ProgressView:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._bar.stop()
+
+    def say(self, text: str) -> None:
+        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def step(self, label: str, outcome: str) -> None:
+        """One more of ``total`` is done, with a line that says what came of it."""
+        self._done += 1
+        left = self._time_left()
+        self.say(f"[{self._done}/{self._total}] {label}: {outcome}" + (f"  ({left})" if left else ""))
+        self._bar.update(self._task, completed=self._done, left=left)
+
+    def _time_left(self) -> str:
+        """From the average speed so far; empty before anything was done and when nothing is left."""
+        if not self._done or self._done >= self._total:
+            return ""
+        elapsed = time.monotonic() - self._started
+        return f"about {duration_text(elapsed / self._done * (self._total - self._done))} left"
+
+
+class ProgressView(ProgressBar):
+    """A ``run.View`` on a rich console. The unit of work is an evaluated row or a calibration sample used."""
+
+    def __init__(self, plan: Plan, console: Console) -> None:
+        super().__init__("starting workers", work_of(plan), console)
+        self._num_cells = plan.num_to_run
+        self._num_done = 0
 
     def advance(self, amount: int) -> None:
         self._done = min(self._total, self._done + amount)
@@ -55,16 +80,6 @@ class ProgressView:
         left = self._time_left()
         self.say(f"[{self._num_done}/{self._num_cells}] {cell.label}: {outcome}" + (f"  ({left})" if left else ""))
         self.advance(0)
-
-    def say(self, text: str) -> None:
-        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
-
-    def _time_left(self) -> str:
-        """From the average speed so far; empty before anything was done and when nothing is left."""
-        if not self._done or self._done >= self._total:
-            return ""
-        elapsed = time.monotonic() - self._started
-        return f"about {duration_text(elapsed / self._done * (self._total - self._done))} left"
 
 
 def work_of(plan: Plan) -> int:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable, Mapping
-from types import MappingProxyType, TracebackType
+from types import MappingProxyType
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from mqbench.harness.progress import duration_text
+from mqbench.harness.progress import ProgressBar
 from mqbench.harness.record import Record, Sample
 from mqbench.harness.sweep.outcome import FAILED, OK
 from mqbench.harness.sweep.run import Job, is_outcome
@@ -35,44 +33,15 @@ COLUMNS: Mapping[str, tuple[str, float, int]] = MappingProxyType(
 """Header -> figure, factor and digits; a column that no record fills is left out."""
 
 
-class PointProgress:
+class PointProgress(ProgressBar):
     """Counts points."""
 
     def __init__(self, total: int, console: Console) -> None:
-        self._console, self._total = console, total
-        self._done, self._started = 0, time.monotonic()
-        self._bar = Progress(
-            SpinnerColumn(),
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("{task.fields[left]}"),
-            console=console,
-            disable=not console.is_terminal,
-            transient=True,
-        )
-        self._task = self._bar.add_task("points", total=total, left="")
-
-    def __enter__(self) -> PointProgress:
-        self._bar.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self._bar.stop()
+        super().__init__("points", total, console)
 
     def finish(self, job: Job, record: Record) -> None:
         """A point has its record."""
-        self._done += 1
-        left = ""
-        if self._done < self._total:
-            seconds = (time.monotonic() - self._started) / self._done * (self._total - self._done)
-            left = f"about {duration_text(seconds)} left"
-        text = f"[{self._done}/{self._total}] {job.point.label}: {outcome_text(record)}"
-        self._console.print(f"{text}  ({left})" if left else text, markup=False, highlight=False, soft_wrap=True)
-        self._bar.update(self._task, completed=self._done, left=left)
+        self.step(job.point.label, outcome_text(record))
 
 
 def outcome_text(record: Record) -> str:
