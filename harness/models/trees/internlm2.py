@@ -8,11 +8,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, GenerationMixin, LlamaConfig, PreTrainedModel
+from transformers import GenerationMixin, LlamaConfig, PreTrainedModel
 from transformers.activations import ACT2FN
-from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import (
@@ -21,6 +19,8 @@ from transformers.models.llama.modeling_llama import (
     apply_rotary_pos_emb,
     eager_attention_forward,
 )
+
+from mqbench.harness.models.trees.chunk import prepare_chunk
 
 
 class InternLM2Config(LlamaConfig):
@@ -147,22 +147,13 @@ class InternLM2Model(InternLM2PreTrainedModel):
             past_key_values: A cache.
             use_cache: Make a cache when none is given; None: as the config says.
         """
-        if past_key_values is None and (self.config.use_cache if use_cache is None else use_cache):
-            past_key_values = DynamicCache(config=self.config)
-        if position_ids is None:
-            start = 0 if past_key_values is None else past_key_values.get_seq_length()
-            position_ids = torch.arange(start, start + inputs_embeds.shape[1], device=inputs_embeds.device)[None]
-        mask = create_causal_mask(
-            config=self.config,
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            past_key_values=past_key_values,
-            position_ids=position_ids,
+        cache, _, position_ids, mask = prepare_chunk(
+            self.config, inputs_embeds, attention_mask, position_ids, past_key_values, use_cache
         )
         hidden, angles = inputs_embeds, self.rotary_emb(inputs_embeds, position_ids)
         for layer in self.layers:
-            hidden = layer(hidden, position_embeddings=angles, attention_mask=mask, past_key_values=past_key_values)
-        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden), past_key_values=past_key_values)
+            hidden = layer(hidden, position_embeddings=angles, attention_mask=mask, past_key_values=cache)
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden), past_key_values=cache)
 
 
 class InternLM2ForCausalLM(InternLM2PreTrainedModel, GenerationMixin):

@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import DynamicCache, GenerationMixin, PretrainedConfig, PreTrainedModel
+from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
-from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, eager_attention_forward
 
+from mqbench.harness.models.trees.chunk import prepare_chunk
 from mqbench.harness.models.trees.placeholders import put_features
 from mqbench.harness.models.trees.qwen_rotary import DynamicRotary, rotated
 from mqbench.harness.models.trees.qwen_vision import CONVERSIONS, VisionTransformer, init_vision_weights
@@ -204,25 +204,14 @@ class QWenModel(QWenPreTrainedModel):
             past_key_values: A cache.
             use_cache: Make a cache when none is given; None: as the config says.
         """
-        if past_key_values is None and (self.config.use_cache if use_cache is None else use_cache):
-            past_key_values = DynamicCache(config=self.config)
-        start = 0 if past_key_values is None else past_key_values.get_seq_length()
-        if position_ids is None:
-            position_ids = torch.arange(start, start + inputs_embeds.shape[1], device=inputs_embeds.device)[None]
-        mask = create_causal_mask(
-            config=self.config,
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            past_key_values=past_key_values,
-            position_ids=position_ids,
+        cache, start, position_ids, mask = prepare_chunk(
+            self.config, inputs_embeds, attention_mask, position_ids, past_key_values, use_cache
         )
         angles, sharpness = self.rotary_emb(position_ids, start == 0), self.sharpness(position_ids)
         hidden = inputs_embeds
         for block in self.h:
-            hidden = block(
-                hidden, angles=angles, sharpness=sharpness, attention_mask=mask, past_key_values=past_key_values
-            )
-        return BaseModelOutputWithPast(last_hidden_state=self.ln_f(hidden), past_key_values=past_key_values)
+            hidden = block(hidden, angles=angles, sharpness=sharpness, attention_mask=mask, past_key_values=cache)
+        return BaseModelOutputWithPast(last_hidden_state=self.ln_f(hidden), past_key_values=cache)
 
     def sharpness(self, position_ids: Tensor) -> Tensor | None:
         """Factors of queries beyond the training length, log n to the base of that length. Shapes: (B, T) -> (B, T)."""
