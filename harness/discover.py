@@ -64,10 +64,7 @@ def find_model(name: str) -> ModelAdapter:
         UnknownNameError: nobody registers it.
         PluginError: nobody healthy registers it, and a registered package is broken.
     """
-    registry = all_models()
-    if name not in registry.found:
-        raise _unknown("model", name, registry)
-    return cast("ModelAdapter", registry.found[name])
+    return cast("ModelAdapter", _named("model", name, all_models()))
 
 
 def all_models() -> Registry:
@@ -82,10 +79,7 @@ def find_family(name: str) -> Family:
         UnknownNameError: nobody registers it.
         PluginError: nobody healthy registers it, and a registered package is broken.
     """
-    registry = all_families()
-    if name not in registry.found:
-        raise _unknown("family", name, registry)
-    return cast("Family", registry.found[name])
+    return cast("Family", _named("family", name, all_families()))
 
 
 def all_families() -> Registry:
@@ -118,6 +112,12 @@ def family_of(model: str) -> Family:
 def method_version(method: Quantizer) -> str:
     """Version that the method declares as ``version``; part of every cell's key."""
     return str(getattr(method, "version", "1"))
+
+
+def _named(kind: str, name: str, registry: Registry) -> Any:
+    if name not in registry.found:
+        raise _unknown(kind, name, registry)
+    return registry.found[name]
 
 
 def _collect(group: str, load: Any) -> Registry:
