@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from mqbench.harness import environment
 from mqbench.harness.bench.device import describe_device, package_version
@@ -29,8 +29,11 @@ VERSION = "1"
 """Of the way of measuring; raised when figures change their meaning."""
 
 CODE = environment.ROOT / "kernels"
+PACKAGES = ("torch", "triton")
 FINGERPRINT_CHARACTERS = 12
 OK = "ok"
+
+AnyJob = TypeVar("AnyJob")
 
 
 @dataclass(frozen=True)
@@ -76,13 +79,23 @@ def run_jobs(
     Raises:
         OutputError: the store cannot be written.
     """
-    records = []
     with make_bench(settings) as bench:
-        for job in jobs:
-            record = _measured(job, settings, store, bench)
-            store.append(record)
-            records.append(record)
-            finish(job, record)
+        return store_each(jobs, lambda job: _measured(job, settings, store, bench), store, finish)
+
+
+def store_each(
+    jobs: Iterable[AnyJob],
+    measure: Callable[[AnyJob], Record],
+    store: RecordStore,
+    finish: Callable[[AnyJob, Record], None],
+) -> list[Record]:
+    """The records of jobs, each stored as soon as it is there, and then handed to ``finish``."""
+    records = []
+    for job in jobs:
+        record = measure(job)
+        store.append(record)
+        records.append(record)
+        finish(job, record)
     return records
 
 
@@ -112,12 +125,18 @@ def record_of(cell: Cell, measurement: Measurement, started_at: str, duration_s:
 @cache
 def code_version() -> str:
     """Changes with the source of the kernels, with torch and with Triton: other code is measured anew."""
+    return code_fingerprint(VERSION, (CODE,), PACKAGES)
+
+
+def code_fingerprint(version: str, folders: Iterable[Path], packages: Iterable[str]) -> str:
+    """``version`` and a hash of the Python files in some folders and of packages' versions."""
     digest = hashlib.sha256()
-    for path in sorted(CODE.glob("*.py")):
-        digest.update(path.name.encode() + b"\0" + path.read_bytes())
-    for name in ("torch", "triton"):
+    for folder in folders:
+        for path in sorted(folder.glob("*.py")):
+            digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    for name in packages:
         digest.update(f"{name} {package_version(name)}".encode())
-    return f"{VERSION}-{digest.hexdigest()[:FINGERPRINT_CHARACTERS]}"
+    return f"{version}-{digest.hexdigest()[:FINGERPRINT_CHARACTERS]}"
 
 
 def _measured(job: Job, settings: Settings, store: RecordStore, bench: Bench) -> Record:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
 import traceback
 from collections.abc import Callable, Iterable, Sequence
@@ -13,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from mqbench.harness import environment
-from mqbench.harness.bench.device import describe_device, package_version
+from mqbench.harness.bench.device import describe_device
+from mqbench.harness.bench.run import code_fingerprint, store_each
 from mqbench.harness.record import Backend, Cell, Record, Sample, Status
 from mqbench.harness.store import RecordStore
 from mqbench.harness.sweep.measure import Settings
@@ -27,7 +27,7 @@ VERSION = "1"
 """Of the way of measuring; raised when figures change their meaning."""
 
 CODE = (environment.ROOT / "kernels", environment.ROOT / "harness" / "runtime")
-FINGERPRINT_CHARACTERS = 12
+PACKAGES = ("torch", "transformers", "triton")
 MAX_REASON_CHARACTERS = 500
 
 
@@ -88,14 +88,8 @@ def run_jobs(
     Raises:
         OutputError: the store cannot be written.
     """
-    records = []
     with worker(settings) as bench:
-        for job in jobs:
-            record = _measured(job, settings, store, bench.measure)
-            store.append(record)
-            records.append(record)
-            finish(job, record)
-    return records
+        return store_each(jobs, lambda job: _measured(job, settings, store, bench.measure), store, finish)
 
 
 def record_of(
@@ -126,13 +120,7 @@ def record_of(
 @cache
 def code_version() -> str:
     """Changes with the source of kernels and runtime, with torch and with Triton: other code is measured anew."""
-    digest = hashlib.sha256()
-    for folder in CODE:
-        for path in sorted(folder.glob("*.py")):
-            digest.update(path.name.encode() + b"\0" + path.read_bytes())
-    for name in ("torch", "transformers", "triton"):
-        digest.update(f"{name} {package_version(name)}".encode())
-    return f"{VERSION}-{digest.hexdigest()[:FINGERPRINT_CHARACTERS]}"
+    return code_fingerprint(VERSION, CODE, PACKAGES)
 
 
 def _measured(job: Job, settings: Settings, store: RecordStore, measure: Callable[[Point], Outcome]) -> Record:
