@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerFast
 
 from mqbench.harness.errors import UnknownNameError
 from mqbench.harness.models.standin.architecture import DEFAULT_SIZE, Size, initialize
+from mqbench.harness.models.standin.grid import VisualGrid
 from mqbench.harness.models.standin.objective import TrainBatch
 from mqbench.harness.models.standin.tasks import Example
 from mqbench.harness.models.standin.tokenizer import Dialect, build_tokenizer
@@ -68,6 +69,8 @@ class StandIn:
         layout: The layout of a model.
         save_processor: Writes into a folder what the adapter reads beside config, weights and tokenizer.
         feed: Makes the family's way to feed a model, given the model and its tokenizer.
+        grid: Where in a picture its visual tokens stand, to start from another family's stand-in; None for the one
+            that starts from nothing.
     """
 
     name: str
@@ -77,6 +80,7 @@ class StandIn:
     layout: Callable[[Any], Layout]
     save_processor: Callable[[PreTrainedTokenizerFast, Path], None]
     feed: Callable[[Any, PreTrainedTokenizerFast], Feed]
+    grid: VisualGrid | None = None
 
     @property
     def model_name(self) -> str:

@@ -15,6 +15,7 @@ from mqbench.harness.models.standin.adapters import GLM_4V
 from mqbench.harness.models.standin.architecture import Size
 from mqbench.harness.models.standin.family import StandIn
 from mqbench.harness.models.standin.feed import adapter_feed
+from mqbench.harness.models.standin.grid import VisualGrid
 from mqbench.harness.models.standin.tokenizer import Dialect
 from mqbench.harness.models.trees.glm_4v import ChatGLMConfig, ChatGLMForConditionalGeneration
 
@@ -73,4 +74,5 @@ STANDIN = StandIn(
     layout=glm_4v_layout,
     save_processor=_save_processor,
     feed=partial(adapter_feed, GLM_4V, _save_processor, answer_start=GLM_4V.answer_text("")),
+    grid=VisualGrid(SIDE_PX // PATCH_PX // 2, SIDE_PX // PATCH_PX // 2),
 )

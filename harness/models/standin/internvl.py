@@ -22,6 +22,7 @@ from mqbench.harness.models.standin.adapters import INTERNVL
 from mqbench.harness.models.standin.architecture import Size
 from mqbench.harness.models.standin.family import StandIn
 from mqbench.harness.models.standin.feed import adapter_feed
+from mqbench.harness.models.standin.grid import VisualGrid
 from mqbench.harness.models.standin.tokenizer import Dialect
 
 TILE_PX, PATCH_PX, MERGE = 168, 14, 2
@@ -91,4 +92,5 @@ STANDIN = StandIn(
     layout=internvl_layout,
     save_processor=_save_processor,
     feed=partial(adapter_feed, INTERNVL, _save_processor),
+    grid=VisualGrid(TILE_PX // PATCH_PX // MERGE, TILE_PX // PATCH_PX // MERGE),
 )

@@ -21,6 +21,8 @@ from mqbench.harness.models.standin.adapters import LLAVA
 from mqbench.harness.models.standin.architecture import Size
 from mqbench.harness.models.standin.family import StandIn
 from mqbench.harness.models.standin.feed import adapter_feed
+from mqbench.harness.models.standin.grid import VisualGrid
+from mqbench.harness.models.standin.render import HEIGHT_PX
 from mqbench.harness.models.standin.tokenizer import Dialect
 
 SIDE_PX, PATCH_PX = 168, 21
@@ -82,4 +84,5 @@ STANDIN = StandIn(
     layout=llava_layout,
     save_processor=_save_processor,
     feed=partial(adapter_feed, LLAVA, _save_processor),
+    grid=VisualGrid(SIDE_PX // PATCH_PX, SIDE_PX // PATCH_PX, margin_px=(SIDE_PX - HEIGHT_PX) // 2),
 )

@@ -15,10 +15,12 @@ from mqbench.harness.models.standin.adapters import MINICPM_V
 from mqbench.harness.models.standin.architecture import Size
 from mqbench.harness.models.standin.family import StandIn
 from mqbench.harness.models.standin.feed import adapter_feed
+from mqbench.harness.models.standin.grid import VisualGrid
 from mqbench.harness.models.standin.tokenizer import CHAT_TEMPLATE, ROLE_PHRASES, Dialect
 from mqbench.harness.models.trees.minicpm_v import MiniCPMV, MiniCPMVConfig
 
-NUM_QUERIES, PATCH_PX = 24, 14
+QUERIES, PATCH_PX = VisualGrid(4, 6), 14
+NUM_QUERIES = QUERIES.rows * QUERIES.columns
 RULE = {
     "scale_resolution": 140,
     "max_slice_nums": 1,
@@ -83,4 +85,5 @@ STANDIN = StandIn(
     layout=minicpm_v_layout,
     save_processor=_save_processor,
     feed=partial(adapter_feed, MINICPM_V, _save_processor),
+    grid=QUERIES,
 )

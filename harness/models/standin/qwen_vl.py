@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from mqbench.harness.models.standin.adapters import QWEN_VL
 from mqbench.harness.models.standin.architecture import Size
 from mqbench.harness.models.standin.family import StandIn
 from mqbench.harness.models.standin.feed import adapter_feed
+from mqbench.harness.models.standin.grid import VisualGrid
 from mqbench.harness.models.standin.tokenizer import Dialect
 from mqbench.harness.models.trees.qwen_vl import QWenConfig, QWenLMHeadModel
 
@@ -71,4 +73,5 @@ STANDIN = StandIn(
     layout=qwen_vl_layout,
     save_processor=_save_processor,
     feed=partial(adapter_feed, QWEN_VL, _save_processor),
+    grid=VisualGrid(math.isqrt(NUM_QUERIES), math.isqrt(NUM_QUERIES)),
 )

@@ -1,4 +1,4 @@
-"""Trains a stand-in from nothing: seeded, resumable, on a CPU core or a GPU.
+"""Trains a stand-in, from nothing or from another one: seeded, resumable, on a CPU core or a GPU.
 
 Every step's examples come from a generator seeded with (seed, step), so a resumed run sees what an uninterrupted one
 sees.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import csv
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -18,8 +18,10 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from mqbench.harness.models.standin import tasks
+from mqbench.harness.models.standin.align import Alignment
 from mqbench.harness.models.standin.architecture import DEFAULT_SIZE, Size
-from mqbench.harness.models.standin.family import DEFAULT_FAMILY, Feed, find_standin, text_channels_of
+from mqbench.harness.models.standin.family import DEFAULT_FAMILY, Feed, StandIn, find_standin, text_channels_of
+from mqbench.harness.models.standin.inherit import inherit, load_donor
 from mqbench.harness.models.standin.objective import answered_exactly, training_loss
 from mqbench.harness.models.standin.tasks import Example
 
@@ -40,11 +42,15 @@ class TrainSettings:
 
     Attributes:
         family: Which stand-in.
+        donor: The shipped stand-in to start from (``inherit``); None for initial weights.
+        align_steps: How many of the steps teach the vision tower the donor's features (``align``); without a donor 0.
+        align_rate: Peak learning rate of these.
         steps: Optimizer steps.
         batch_size: Image examples per step; a text-only step takes twice as many.
         text_only_every: Each n-th step holds text-only questions.
         learning_rate: Peak, behind a linear warm-up.
-        hold: Share of the steps before the cosine decay begins: yes/no and letter answers leave their plateau late.
+        hold: Share of the steps (of each of the two lessons) before the cosine decay begins: yes/no and letter answers
+            leave their plateau late.
         curriculum: (first, last) step of the widening from one font in fixed cells to full variety.
         blend: (first, last) step of the change from the first reading lesson to the full mixture of tasks.
         fc2_mean: Ingredient "large fc2 mean", in standard deviations; 0 leaves it out.
@@ -54,6 +60,9 @@ class TrainSettings:
     """
 
     family: str = DEFAULT_FAMILY
+    donor: str | None = None
+    align_steps: int = 0
+    align_rate: float = 2e-3
     seed: int = 0
     steps: int = 10600
     batch_size: int = 48
@@ -71,22 +80,43 @@ class TrainSettings:
     bfloat16: bool = True
 
     def learning_rate_at(self, step: int) -> float:
-        rise = _ramp(step + 1, (0, self.warmup_steps))
-        fall = _ramp(step, (round(self.hold * self.steps), self.steps))
-        return self.learning_rate * rise * 0.5 * (1 + math.cos(math.pi * fall))
+        peak, done, steps = self.learning_rate, step - self.align_steps, self.steps - self.align_steps
+        if step < self.align_steps:
+            peak, done, steps = self.align_rate, step, self.align_steps
+        rise = _ramp(done + 1, (0, self.warmup_steps))
+        fall = _ramp(done, (round(self.hold * steps), steps))
+        return peak * rise * 0.5 * (1 + math.cos(math.pi * fall))
 
     def difficulty_at(self, step: int) -> float:
         return MAX_DIFFICULTY * _ramp(step, self.curriculum)
 
 
+def recipe(family: str, from_nothing: bool = False) -> TrainSettings:
+    """How a family's stand-in is trained: the first one from nothing, the others from it."""
+    if from_nothing or family == DEFAULT_FAMILY:
+        return TrainSettings(family)
+    return TrainSettings(
+        family,
+        donor=f"standin-{DEFAULT_FAMILY}",
+        align_steps=700,
+        steps=2100,
+        learning_rate=8e-4,
+        hold=0.5,
+        warmup_steps=100,
+        curriculum=(0, 1),
+        blend=(0, 1),
+    )
+
+
 @dataclass
 class CurvePoint:
-    """One row of the loss curve."""
+    """One row of the loss curve; ``alignment`` is the loss of the first lesson, which has no cross entropy."""
 
     step: int
     cross_entropy: float
     penalty: float
     exact_match_percent: float | None = None
+    alignment: float | None = None
 
 
 def make_examples(settings: TrainSettings, step: int) -> list[Example]:
@@ -104,6 +134,13 @@ def make_examples(settings: TrainSettings, step: int) -> list[Example]:
         for _ in range(settings.batch_size)
     ]
     return [maker(rng, difficulty) for maker in chosen]
+
+
+def make_pictured(settings: TrainSettings, step: int) -> list[Example]:
+    """The examples of one step that teaches the vision tower: of every kind, at full difficulty."""
+    rng = Random(f"align-{settings.seed}-{step}")
+    makers, weights = zip(*MIXTURE, strict=True)
+    return [maker(rng, MAX_DIFFICULTY) for maker in rng.choices(makers, weights, k=settings.batch_size)]
 
 
 @torch.no_grad()
@@ -140,6 +177,7 @@ class Trainer:
         config = standin.build_config(self.tokenizer, size)
         self.model = standin.build_model(config, settings.seed, settings.fc2_mean).to(device)
         self.feed = standin.feed(self.model, self.tokenizer)
+        self.alignment = None if settings.donor is None else self._start_from(settings.donor, standin)
         decayed = [p for p in self.model.parameters() if p.ndim > 1]
         plain = [p for p in self.model.parameters() if p.ndim <= 1]
         groups = [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": plain, "weight_decay": 0.0}]
@@ -147,6 +185,13 @@ class Trainer:
         self.step = 0
         self.curve: list[CurvePoint] = []
         self.text_channels = text_channels_of(self.model, standin.layout(self.model))
+
+    def _start_from(self, donor_name: str, standin: StandIn) -> Alignment:
+        donor, layout = load_donor(donor_name), standin.layout(self.model)
+        inherit(self.model, layout, self.tokenizer, donor)
+        first = layout.text.blocks[0].name
+        assert standin.grid is not None
+        return Alignment(self.model, first, self.feed, standin.grid, donor.model.to(self.device))
 
     @property
     def checkpoint_path(self) -> Path:
@@ -179,7 +224,7 @@ class Trainer:
         torch.save(state, partial)
         partial.replace(self.checkpoint_path)
         with (self.directory / "loss.csv").open("w", newline="") as file:
-            writer = csv.DictWriter(file, ["step", "cross_entropy", "penalty", "exact_match_percent"])
+            writer = csv.DictWriter(file, [field.name for field in fields(CurvePoint)])
             writer.writeheader()
             writer.writerows(asdict(row) for row in self.curve)
 
@@ -187,17 +232,31 @@ class Trainer:
         """One optimizer step; returns (cross entropy, penalty)."""
         settings = self.settings
         batch = self.feed.collate(make_examples(settings, self.step), self.device)
-        for group in self.optimizer.param_groups:
-            group["lr"] = settings.learning_rate_at(self.step)
-        with torch.autocast(torch.device(self.device).type, torch.bfloat16, enabled=settings.bfloat16):
+        with self._autocast():
             weights = (settings.prompt_weight, settings.penalty_weight)
             loss, entropy, penalty = training_loss(self.feed, self.model, batch, *weights, self.text_channels)
+        self._update(loss)
+        return float(entropy), float(penalty)
+
+    def align_step(self) -> float:
+        """One optimizer step of the vision tower alone; returns its loss."""
+        assert self.alignment is not None
+        with self._autocast():
+            loss = self.alignment.loss(make_pictured(self.settings, self.step), self.device)
+        self._update(loss)
+        return float(loss.detach())
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(torch.device(self.device).type, torch.bfloat16, enabled=self.settings.bfloat16)
+
+    def _update(self, loss: torch.Tensor) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.settings.learning_rate_at(self.step)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), settings.clip_norm)
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip_norm)
         self.optimizer.step()
         self.step += 1
-        return float(entropy), float(penalty)
 
     def validate(self, count: int = 100) -> dict[str, float]:
         """Percent of held-out examples that are right, by kind."""
@@ -213,17 +272,22 @@ class Trainer:
         """Trains to the end; yields (step, validation scores) after each step, the scores empty but now and then."""
         entropies: list[float] = []
         penalties: list[float] = []
+        alignments: list[float] = []
         while self.step < self.settings.steps:
             text_only = self.step % self.settings.text_only_every == self.settings.text_only_every - 1
-            entropy, penalty = self.train_step()
-            if not text_only:
-                entropies.append(entropy)
-                penalties.append(penalty)
+            if self.step < self.settings.align_steps:
+                alignments.append(self.align_step())
+            else:
+                entropy, penalty = self.train_step()
+                if not text_only:
+                    entropies.append(entropy)
+                    penalties.append(penalty)
             last = self.step == self.settings.steps
             scores: dict[str, float] = {}
             if self.step % log_every == 0 or last:
-                self.curve.append(CurvePoint(self.step, _mean(entropies), _mean(penalties)))
-                entropies, penalties = [], []
+                aligned = _mean(alignments) if alignments else None
+                self.curve.append(CurvePoint(self.step, _mean(entropies), _mean(penalties), alignment=aligned))
+                entropies, penalties, alignments = [], [], []
             if self.step % validate_every == 0 or last:
                 scores = self.validate()
                 self.curve[-1] = replace(self.curve[-1], exact_match_percent=_mean(list(scores.values())))
@@ -248,7 +312,11 @@ def train(settings: TrainSettings, directory: Path, device: str = "cpu") -> Trai
             if not scores:
                 continue
             shown = "  ".join(f"{kind} {score:.1f}" for kind, score in scores.items())
-            progress.console.print(f"step {step}: cross entropy {trainer.curve[-1].cross_entropy:.3f}  {shown}")
+            point = trainer.curve[-1]
+            lesson = (
+                ("cross entropy", point.cross_entropy) if point.alignment is None else ("alignment", point.alignment)
+            )
+            progress.console.print(f"step {step}: {lesson[0]} {lesson[1]:.3f}  {shown}")
     return trainer
 
 
@@ -259,8 +327,10 @@ def _ramp(step: int, span: tuple[int, int]) -> float:
 
 
 def saved_settings(checkpoint: dict[str, Any]) -> dict[str, Any]:
-    """Of a checkpoint's run; those from before there were families are Qwen2-VL's."""
-    return {"family": DEFAULT_FAMILY} | checkpoint["settings"]
+    """Of a checkpoint's run; those from before there were families are Qwen2-VL's, from nothing."""
+    before = TrainSettings()
+    old = {"family": before.family, "donor": None, "align_steps": 0, "align_rate": before.align_rate}
+    return old | checkpoint["settings"]
 
 
 def _plain(settings: TrainSettings) -> dict[str, Any]:
