@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from mqbench.harness.models.standin import qwen2_vl
 from mqbench.harness.models.standin.grid import VisualGrid
 from mqbench.harness.models.standin.tasks import Example
+from mqbench.harness.quant.layout import Layout
 
 
 class _Reached(Exception):
@@ -29,15 +30,20 @@ class Alignment:
 
     Args:
         model: The new model.
-        first_block: Name of its first LLM block, whose input holds the visual tokens.
+        layout: Its layout.
         feed: Its feed (``family.Feed``).
         grid: Where its visual tokens stand.
         donor: A ``Qwen2VLForConditionalGeneration``.
     """
 
-    def __init__(self, model: nn.Module, first_block: str, feed: Any, grid: VisualGrid, donor: Any) -> None:
+    def __init__(self, model: nn.Module, layout: Layout, feed: Any, grid: VisualGrid, donor: Any) -> None:
         self.model, self.feed, self.grid, self.donor = model, feed, grid, donor
-        self.first_block = model.get_submodule(first_block)
+        self.first_block = model.get_submodule(layout.text.blocks[0].name)
+        tensors = dict(model.named_parameters())
+        self.tables = [tensors[name] for name in layout.text.entry if name in tensors]
+        self.tables += [
+            m.weight for n, m in model.named_modules() if n in layout.text.entry and isinstance(m, nn.Embedding)
+        ]
 
     def loss(self, examples: Sequence[Example], device: str) -> Tensor:
         """Mean squared error at tokens inside the picture, relative to the features' variance over tokens.
@@ -63,6 +69,9 @@ class Alignment:
     def visual_tokens(self, examples: Sequence[Example], device: str) -> Tensor:
         """(B, rows * columns, text width): what the model's LLM would read."""
         batch, seen = self.feed.collate(examples, device), []
+        # Zero gradients would let weight decay shrink them.
+        for table in self.tables:
+            table.requires_grad_(False)
 
         def stop(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             seen.append(args[0] if args else kwargs["hidden_states"])
@@ -75,6 +84,8 @@ class Alignment:
             pass
         finally:
             handle.remove()
+            for table in self.tables:
+                table.requires_grad_(True)
         tokens = self.grid.rows * self.grid.columns
         if not (batch.visual.sum(1) == tokens).all():
             raise ValueError(f"a picture has {int(batch.visual.sum(1).max())} visual tokens, its grid {tokens}")

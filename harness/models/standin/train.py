@@ -189,9 +189,8 @@ class Trainer:
     def _start_from(self, donor_name: str, standin: StandIn) -> Alignment:
         donor, layout = load_donor(donor_name), standin.layout(self.model)
         inherit(self.model, layout, self.tokenizer, donor)
-        first = layout.text.blocks[0].name
         assert standin.grid is not None
-        return Alignment(self.model, first, self.feed, standin.grid, donor.model.to(self.device))
+        return Alignment(self.model, layout, self.feed, standin.grid, donor.model.to(self.device))
 
     @property
     def checkpoint_path(self) -> Path:
