@@ -39,11 +39,9 @@ class Alignment:
     def __init__(self, model: nn.Module, layout: Layout, feed: Any, grid: VisualGrid, donor: Any) -> None:
         self.model, self.feed, self.grid, self.donor = model, feed, grid, donor
         self.first_block = model.get_submodule(layout.text.blocks[0].name)
-        tensors = dict(model.named_parameters())
-        self.tables = [tensors[name] for name in layout.text.entry if name in tensors]
-        self.tables += [
-            m.weight for n, m in model.named_modules() if n in layout.text.entry and isinstance(m, nn.Embedding)
-        ]
+        entry, tensors = layout.text.entry, dict(model.named_parameters())
+        embeddings = {n for n, module in model.named_modules() if n in entry and isinstance(module, nn.Embedding)}
+        self.tables = [tensors[name] for name in (*entry, *(f"{n}.weight" for n in embeddings)) if name in tensors]
 
     def loss(self, examples: Sequence[Example], device: str) -> Tensor:
         """Mean squared error at tokens inside the picture, relative to the features' variance over tokens.

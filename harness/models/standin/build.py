@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from transformers import PreTrainedTokenizerFast
 from mqbench.harness.errors import MissingWeightsError
 from mqbench.harness.models.standin import tasks
 from mqbench.harness.models.standin.architecture import Size
+from mqbench.harness.models.standin.curve import CurvePoint, plot_loss, write_curve
 from mqbench.harness.models.standin.export import export
 from mqbench.harness.models.standin.family import Feed, StandIn, find_standin, text_channels_of
 from mqbench.harness.models.standin.harden import Hardness, harden
@@ -98,5 +98,8 @@ def harden_and_export(run: Path, out: Path | None, hardness: Hardness) -> Path:
     folder = out or run.parent / trained.standin.model_name
     trained.harden(hardness)
     settings = {"training": trained.settings, "hardness": asdict(hardness)}
-    export(trained.standin, trained.model, trained.tokenizer, folder, json.dumps(settings, indent=1))
+    export(trained.standin, trained.model, trained.tokenizer, folder, settings)
+    curve = [CurvePoint(**row) for row in trained.curve]
+    write_curve(curve, folder / "loss.csv")
+    plot_loss(curve, folder / "loss.png")
     return folder

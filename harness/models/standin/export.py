@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +24,9 @@ paper) and MLP channels that specialise by modality. Function-preserving, applie
 behind every norm, and a modality gap at down_proj's input. `results/standin.md` shows what each does
 to `standin-qwen2-vl`.
 
-Made by `{command}`. The settings below are those of the end of the run; `results/standin/history.md` tells what was
-changed while the weights of `standin-qwen2-vl` were trained.
+Made by `mqbench standin train --family {family}` and `mqbench standin harden --family {family}`. {origin}
+
+![loss](loss.png)
 
 ```
 {settings}
@@ -31,7 +34,17 @@ changed while the weights of `standin-qwen2-vl` were trained.
 """
 
 
-def export(standin: StandIn, model: Any, tokenizer: PreTrainedTokenizerFast, directory: Path, settings: str) -> None:
+FROM_NOTHING = """\
+The settings below are those of the end of the run; `results/standin/history.md` tells what was
+changed while the weights of `standin-qwen2-vl` were trained."""
+FROM_DONOR = """\
+Its LLM and its vision blocks started from `{donor}`, as released models start from a trained LLM and tower; its visual
+tokens then learnt that model's features for {align_steps} steps, and the whole model the tasks for the rest."""
+
+
+def export(
+    standin: StandIn, model: Any, tokenizer: PreTrainedTokenizerFast, directory: Path, settings: Mapping[str, Any]
+) -> None:
     """Saves the model in float16 with all that is needed to load it.
 
     Args:
@@ -39,7 +52,7 @@ def export(standin: StandIn, model: Any, tokenizer: PreTrainedTokenizerFast, dir
         model: Trained and hardened.
         tokenizer: The family's.
         directory: Created when missing.
-        settings: Text for the model card: the training settings and the hardness.
+        settings: For the model card: the settings of the training and the hardness.
     """
     directory.mkdir(parents=True, exist_ok=True)
     parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -50,10 +63,12 @@ def export(standin: StandIn, model: Any, tokenizer: PreTrainedTokenizerFast, dir
     half.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     standin.save_processor(tokenizer, directory)
+    training = settings["training"]
     card = MODEL_CARD.format(
         model_class=type(model).__name__,
         million_parameters=parameters / 1e6,
-        command=f"mqbench standin train --family {standin.name}",
-        settings=settings,
+        family=standin.name,
+        origin=(FROM_DONOR if training["donor"] else FROM_NOTHING).format(**training),
+        settings=json.dumps(settings, indent=1),
     )
     (directory / "README.md").write_text(card, encoding="utf-8")

@@ -12,9 +12,8 @@ import torch
 from rich.progress import track
 
 from mqbench.harness import environment
-from mqbench.harness.models.standin.curve import plot_loss
+from mqbench.harness.models.standin.curve import CurvePoint, plot_loss
 from mqbench.harness.models.standin.study import SETTINGS, VARIANTS, Setting, Study
-from mqbench.harness.models.standin.train import CurvePoint
 from mqbench.harness.quant.session import QuantReport
 from mqbench.kernels.hadamard import hadamard_transform
 

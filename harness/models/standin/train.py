@@ -6,10 +6,9 @@ sees.
 
 from __future__ import annotations
 
-import csv
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -20,6 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from mqbench.harness.models.standin import tasks
 from mqbench.harness.models.standin.align import Alignment
 from mqbench.harness.models.standin.architecture import DEFAULT_SIZE, Size
+from mqbench.harness.models.standin.curve import CurvePoint, write_curve
 from mqbench.harness.models.standin.family import DEFAULT_FAMILY, Feed, StandIn, find_standin, text_channels_of
 from mqbench.harness.models.standin.inherit import inherit, load_donor
 from mqbench.harness.models.standin.objective import answered_exactly, training_loss
@@ -106,17 +106,6 @@ def recipe(family: str, from_nothing: bool = False) -> TrainSettings:
         curriculum=(0, 1),
         blend=(0, 1),
     )
-
-
-@dataclass
-class CurvePoint:
-    """One row of the loss curve; ``alignment`` is the loss of the first lesson, which has no cross entropy."""
-
-    step: int
-    cross_entropy: float
-    penalty: float
-    exact_match_percent: float | None = None
-    alignment: float | None = None
 
 
 def make_examples(settings: TrainSettings, step: int) -> list[Example]:
@@ -222,10 +211,7 @@ class Trainer:
         partial = self.checkpoint_path.with_suffix(".partial")
         torch.save(state, partial)
         partial.replace(self.checkpoint_path)
-        with (self.directory / "loss.csv").open("w", newline="") as file:
-            writer = csv.DictWriter(file, [field.name for field in fields(CurvePoint)])
-            writer.writeheader()
-            writer.writerows(asdict(row) for row in self.curve)
+        write_curve(self.curve, self.directory / "loss.csv")
 
     def train_step(self) -> tuple[float, float]:
         """One optimizer step; returns (cross entropy, penalty)."""
