@@ -12,18 +12,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, GenerationMixin, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig
 from transformers.activations import ACT2FN
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from mqbench.harness.models.trees.eva_clip import EvaClipConfig, EvaClipModel
 from mqbench.harness.models.trees.placeholders import (
     FusedAttention,
+    OnePositionPerImage,
     WideRMSNorm,
     causal_mask,
-    counted_positions,
-    put_features,
     rotary_angles,
 )
 
@@ -183,14 +182,10 @@ class CogVLMModel(nn.Module):
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden), past_key_values=past_key_values)
 
 
-class CogVLMForCausalLM(PreTrainedModel, GenerationMixin):
-    """Token ids and pixels to logits."""
+class CogVLMForCausalLM(OnePositionPerImage):
+    """An image is ``image_token_id`` for its first vector and every patch, ``eoi_token_id`` for the one behind."""
 
     config_class = CogVLMConfig
-    base_model_prefix = ""
-    main_input_name = "input_ids"
-    _supports_sdpa = True
-    _supports_attention_backend = True
     _no_split_modules = ["CogVLMDecoderLayer", "TransformerLayer"]  # noqa: RUF012
     _keys_to_ignore_on_load_unexpected = [r"rotary_emb\.inv_freq"]  # noqa: RUF012
 
@@ -206,54 +201,25 @@ class CogVLMForCausalLM(PreTrainedModel, GenerationMixin):
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.model.register_module("embed_tokens", value)
 
-    def positions(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
-        """Position ids of prompts (B, T): the patches of an image share one; the vectors around them have their own."""
-        visual = input_ids == self.config.image_token_id
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
+
+    def visual(self, input_ids: Tensor) -> Tensor:
+        """(B, T) bool: rows of the visual expert."""
+        return input_ids == self.config.image_token_id
+
+    def places(self, input_ids: Tensor) -> Tensor:
+        return self.visual(input_ids) | (input_ids == self.config.eoi_token_id)
+
+    def patches(self, input_ids: Tensor) -> Tensor:
+        """All of the visual expert's but the first; the vectors around them have positions of their own."""
+        visual = self.visual(input_ids)
         patch = torch.zeros_like(visual)
         patch[:, 1:] = visual[:, 1:] & visual[:, :-1]
-        advances = torch.ones_like(patch)
-        advances[:, 1:] = ~(patch[:, 1:] & patch[:, :-1])
-        return counted_positions(advances, attention_mask)
+        return patch
 
-    def _prepare_position_ids_for_generation(self, inputs_tensor: Tensor, model_kwargs: dict[str, Any]) -> Tensor:
-        return self.positions(inputs_tensor, model_kwargs.get("attention_mask"))
+    def look(self, pixel_values: Tensor) -> Tensor:
+        return self.model.vision(pixel_values)
 
-    def forward(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        past_key_values: Any = None,
-        pixel_values: Tensor | None = None,
-        use_cache: bool | None = None,
-        logits_to_keep: int = 0,
-        **_: Any,
-    ) -> CausalLMOutputWithPast:
-        """Logits of a chunk of tokens.
-
-        Args:
-            input_ids: (B, T); an image is ``image_token_id`` for its first vector and every patch, ``eoi_token_id``.
-            attention_mask: (B, cached + T), 0 at padding.
-            position_ids: (B, T). Needed behind a cache; else counted, with one position for all patches of an image.
-            past_key_values: A cache.
-            pixel_values: (images, channels, height, width), in order of their placeholders.
-            use_cache: Return a cache; None: as the config says.
-            logits_to_keep: Last tokens that get logits; 0 for all.
-        """
-        embeds, visual = self.model.embed_tokens(input_ids), input_ids == self.config.image_token_id
-        if pixel_values is not None:
-            places = visual | (input_ids == self.config.eoi_token_id)
-            embeds = put_features(embeds, self.model.vision(pixel_values), places)
-        if position_ids is None:
-            position_ids = self.positions(input_ids, attention_mask)
-        if past_key_values is None and (self.config.use_cache if use_cache is None else use_cache):
-            past_key_values = DynamicCache(config=self.config)
-        output = self.model(
-            inputs_embeds=embeds,
-            position_ids=position_ids,
-            token_type_ids=visual.long(),
-            attention_mask=attention_mask,
-            past_key_values=past_key_values,
-        )
-        logits = self.lm_head(output.last_hidden_state[:, -logits_to_keep:])
-        return CausalLMOutputWithPast(logits=logits, past_key_values=output.past_key_values)
+    def decode(self, input_ids: Tensor, **inputs: Any) -> BaseModelOutputWithPast:
+        return self.model(token_type_ids=self.visual(input_ids).long(), **inputs)

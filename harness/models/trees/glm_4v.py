@@ -13,17 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import DynamicCache, GenerationMixin, PretrainedConfig, PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers import PretrainedConfig
+from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.models.glm.modeling_glm import apply_rotary_pos_emb
 
 from mqbench.harness.models.trees.eva_clip import EvaClipConfig, EvaClipModel
 from mqbench.harness.models.trees.placeholders import (
     FusedAttention,
+    OnePositionPerImage,
     WideRMSNorm,
     causal_mask,
-    counted_positions,
-    put_features,
     rotary_angles,
 )
 
@@ -149,14 +148,10 @@ class ChatGLMModel(nn.Module):
         self.vision = EvaClipModel(config.vision_config, width, config.ffn_hidden_size, conv_size=width)
 
 
-class ChatGLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
-    """Token ids and pixels to logits."""
+class ChatGLMForConditionalGeneration(OnePositionPerImage):
+    """An image is ``boi_token_id``, ``image_token_id`` for every patch, ``eoi_token_id``."""
 
     config_class = ChatGLMConfig
-    base_model_prefix = ""
-    main_input_name = "input_ids"
-    _supports_sdpa = True
-    _supports_attention_backend = True
     _no_split_modules = ["GLMBlock", "TransformerLayer"]  # noqa: RUF012
     _keys_to_ignore_on_load_unexpected = [r"rotary_pos_emb\.inv_freq"]  # noqa: RUF012
 
@@ -174,52 +169,17 @@ class ChatGLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
     def get_output_embeddings(self) -> nn.Module:
         return self.transformer.output_layer
 
-    def positions(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
-        """Position ids of prompts (B, T): the patches of an image share one."""
-        patch = input_ids == self.config.image_token_id
-        advances = torch.ones_like(patch)
-        advances[:, 1:] = ~(patch[:, 1:] & patch[:, :-1])
-        return counted_positions(advances, attention_mask)
-
-    def _prepare_position_ids_for_generation(self, inputs_tensor: Tensor, model_kwargs: dict[str, Any]) -> Tensor:
-        return self.positions(inputs_tensor, model_kwargs.get("attention_mask"))
-
-    def forward(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        past_key_values: Any = None,
-        pixel_values: Tensor | None = None,
-        use_cache: bool | None = None,
-        logits_to_keep: int = 0,
-        **_: Any,
-    ) -> CausalLMOutputWithPast:
-        """Logits of a chunk of tokens.
-
-        Args:
-            input_ids: (B, T); an image is ``boi_token_id``, ``image_token_id`` for every patch, ``eoi_token_id``.
-            attention_mask: (B, cached + T), 0 at padding.
-            position_ids: (B, T). Needed behind a cache; else counted, with one position for all patches of an image.
-            past_key_values: A cache.
-            pixel_values: (images, channels, height, width), in order of their placeholders.
-            use_cache: Return a cache; None: as the config says.
-            logits_to_keep: Last tokens that get logits; 0 for all.
-        """
-        embeds = self.get_input_embeddings()(input_ids)
-        if pixel_values is not None:
-            config = self.config
-            kinds = input_ids.new_tensor([config.boi_token_id, config.image_token_id, config.eoi_token_id])
-            embeds = put_features(embeds, self.transformer.vision(pixel_values), torch.isin(input_ids, kinds))
-        if position_ids is None:
-            position_ids = self.positions(input_ids, attention_mask)
-        if past_key_values is None and (self.config.use_cache if use_cache is None else use_cache):
-            past_key_values = DynamicCache(config=self.config)
-        output = self.transformer.encoder(
-            inputs_embeds=embeds,
-            position_ids=position_ids,
-            attention_mask=attention_mask,
-            past_key_values=past_key_values,
+    def places(self, input_ids: Tensor) -> Tensor:
+        config = self.config
+        return torch.isin(
+            input_ids, input_ids.new_tensor([config.boi_token_id, config.image_token_id, config.eoi_token_id])
         )
-        logits = self.transformer.output_layer(output.last_hidden_state[:, -logits_to_keep:])
-        return CausalLMOutputWithPast(logits=logits, past_key_values=output.past_key_values)
+
+    def patches(self, input_ids: Tensor) -> Tensor:
+        return input_ids == self.config.image_token_id
+
+    def look(self, pixel_values: Tensor) -> Tensor:
+        return self.transformer.vision(pixel_values)
+
+    def decode(self, input_ids: Tensor, **inputs: Any) -> BaseModelOutputWithPast:
+        return self.transformer.encoder(**inputs)

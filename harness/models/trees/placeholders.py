@@ -1,4 +1,4 @@
-"""What the decoders of GLM-4V-9B and CogVLM2 share: placeholders of an image, positions that repeat, attention."""
+"""What GLM-4V-9B and CogVLM2 share: placeholders of an image, positions that repeat, attention, the outer model."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.masking_utils import create_causal_mask
+from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import eager_attention_forward
 
@@ -95,3 +97,77 @@ class FusedAttention(nn.Module):
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         mixed, _ = attend(self, query, key, value, attention_mask, scaling=self.head_dim**-0.5)
         return mixed.flatten(2)
+
+
+class OnePositionPerImage(PreTrainedModel, GenerationMixin):
+    """Token ids and pixels to logits, where the patches of an image share one position."""
+
+    base_model_prefix = ""
+    main_input_name = "input_ids"
+    _supports_sdpa = True
+    _supports_attention_backend = True
+
+    def places(self, input_ids: Tensor) -> Tensor:
+        """(B, T) bool: where an image's vectors stand, begin and end included."""
+        raise NotImplementedError
+
+    def patches(self, input_ids: Tensor) -> Tensor:
+        """(B, T) bool: the vectors that share a position."""
+        raise NotImplementedError
+
+    def look(self, pixel_values: Tensor) -> Tensor:
+        """(images, channels, height, width) -> (images, vectors, text width)."""
+        raise NotImplementedError
+
+    def decode(self, input_ids: Tensor, **inputs: Any) -> Any:
+        """Normalized hidden states of the decoder."""
+        raise NotImplementedError
+
+    def positions(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+        """Position ids of prompts (B, T)."""
+        patch = self.patches(input_ids)
+        advances = torch.ones_like(patch)
+        advances[:, 1:] = ~(patch[:, 1:] & patch[:, :-1])
+        return counted_positions(advances, attention_mask)
+
+    def _prepare_position_ids_for_generation(self, inputs_tensor: Tensor, model_kwargs: dict[str, Any]) -> Tensor:
+        return self.positions(inputs_tensor, model_kwargs.get("attention_mask"))
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        pixel_values: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int = 0,
+        **_: Any,
+    ) -> CausalLMOutputWithPast:
+        """Logits of a chunk of tokens.
+
+        Args:
+            input_ids: (B, T), with a placeholder for every vector of an image (``places``).
+            attention_mask: (B, cached + T), 0 at padding.
+            position_ids: (B, T). Needed behind a cache; else counted, with one position for all patches of an image.
+            past_key_values: A cache.
+            pixel_values: (images, channels, height, width), in order of their placeholders.
+            use_cache: Return a cache; None: as the config says.
+            logits_to_keep: Last tokens that get logits; 0 for all.
+        """
+        embeds = self.get_input_embeddings()(input_ids)
+        if pixel_values is not None:
+            embeds = put_features(embeds, self.look(pixel_values), self.places(input_ids))
+        if position_ids is None:
+            position_ids = self.positions(input_ids, attention_mask)
+        if past_key_values is None and (self.config.use_cache if use_cache is None else use_cache):
+            past_key_values = DynamicCache(config=self.config)
+        output = self.decode(
+            input_ids,
+            inputs_embeds=embeds,
+            position_ids=position_ids,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+        )
+        logits = self.get_output_embeddings()(output.last_hidden_state[:, -logits_to_keep:])
+        return CausalLMOutputWithPast(logits=logits, past_key_values=output.past_key_values)
