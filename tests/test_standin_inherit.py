@@ -26,7 +26,7 @@ from mqbench.harness.quant.layout import NormPlace
 
 DONOR = "standin-qwen2-vl"
 HEIRS = [name for name in MODULES if f"standin-{name}" != DONOR]
-GRIDS = {"glm-4v": (6, 6), "internvl": (6, 6), "llava": (8, 8), "minicpm-v": (4, 6), "qwen-vl": (6, 6)}
+GRIDS = {"glm-4v": (6, 6), "internvl": (6, 6), "llava": (6, 6), "minicpm-v": (4, 6), "qwen-vl": (6, 6)}
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""``standin-llava``: CLIP over 8 x 8 patches of a padded square, LLaMA with grouped queries."""
+"""``standin-llava``: CLIP over 6 x 6 patches of a padded square, LLaMA with grouped queries."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ from mqbench.harness.models.standin.grid import VisualGrid
 from mqbench.harness.models.standin.render import HEIGHT_PX
 from mqbench.harness.models.standin.tokenizer import Dialect
 
-SIDE_PX, PATCH_PX = 168, 21
-"""A picture is padded to a square of this side: 64 visual tokens."""
+SIDE_PX, PATCH_PX = 168, 28
+"""A picture is padded to a square of this side: 36 visual tokens."""
 
 IMAGE_TOKEN = "<image>"
 DIALECT = Dialect(
