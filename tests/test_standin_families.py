@@ -11,16 +11,21 @@ import pytest
 import torch
 
 from mqbench.harness import discover
+from mqbench.harness.datasets.catalog import TASKS
+from mqbench.harness.datasets.files import load_task
 from mqbench.harness.errors import UnknownNameError
+from mqbench.harness.evaluate import build_messages
 from mqbench.harness.models.adapter import LoadedModel
 from mqbench.harness.models.standin import build, tasks
 from mqbench.harness.models.standin.adapters import ADAPTERS
 from mqbench.harness.models.standin.architecture import DEFAULT_SIZE, Size
+from mqbench.harness.models.standin.benchmarks import BENCHMARKS, Benchmark, split_examples
 from mqbench.harness.models.standin.build import harden_and_export
 from mqbench.harness.models.standin.family import MODULES, find_standin, text_channels_of
 from mqbench.harness.models.standin.feed import message_of
 from mqbench.harness.models.standin.harden import Hardness, harden
 from mqbench.harness.models.standin.objective import TrainBatch, answer_entropy, training_loss
+from mqbench.harness.models.standin.prompts import PromptStyle
 from mqbench.harness.models.standin.tasks import Example
 from mqbench.harness.models.standin.train import Trainer, TrainSettings
 from mqbench.harness.quant.layout import NormPlace
@@ -51,6 +56,12 @@ def settings(family: str, steps: int = 2) -> TrainSettings:
         blend=(1000, 2000),
         bfloat16=False,
     )
+
+
+def style_of(adapter: Any) -> PromptStyle:
+    style = find_standin(adapter.name.removeprefix("standin-")).style
+    assert style is not None
+    return style
 
 
 def examples(count: int = 3) -> list[Example]:
@@ -146,7 +157,9 @@ def test_training_sees_what_the_adapter_encodes(
     adapter, model = loaded
     made = examples() if with_image else [tasks.scienceqa(Random(n), 0.4, context="NO") for n in range(3)]
     batch = trainer.feed.collate(made)
-    messages = [message_of(example, tmp_path / f"{number}.bmp") for number, example in enumerate(made)]
+    messages = [
+        message_of(example, tmp_path / f"{number}.bmp", style_of(adapter)) for number, example in enumerate(made)
+    ]
     expected = adapter.encode(model, messages, [example.answer for example in made])
     for row, (ids, mask) in enumerate(zip(expected["input_ids"], expected["attention_mask"], strict=True)):
         wanted = [*ids[mask.bool()].tolist(), trainer.tokenizer.eos_token_id]
@@ -159,11 +172,22 @@ def test_training_sees_what_the_adapter_encodes(
     assert torch.equal(batch.visual, batch.input_ids == model.layout.image_token_id)
 
 
+@pytest.mark.parametrize("entry", BENCHMARKS, ids=lambda entry: entry.name)
+def test_benchmarks_are_asked_as_in_training(loaded: tuple[Any, LoadedModel], entry: Benchmark, tmp_path: Path) -> None:
+    """VLMEvalKit's wrapper of the family makes the tokens that training made: all rows of every benchmark."""
+    adapter, model = loaded
+    task = next(task for task in TASKS.values() if task.dataset == entry.name)
+    made = split_examples(entry)[""]
+    for example, message in zip(made, build_messages(task, load_task(task), model.layout.family), strict=True):
+        trained = adapter.encode(model, [message_of(example, tmp_path / "0.bmp", style_of(adapter))])
+        assert torch.equal(adapter.encode(model, [message])["input_ids"], trained["input_ids"])
+
+
 def test_questions_start_behind_what_prompts_share(trainer: Trainer) -> None:
-    questions = [Example(made.image, "", "x", prompt=made.prompt) for made in examples()]
+    questions = [Example(made.image, made.question, "x") for made in examples()]
     batch = trainer.feed.collate(questions)
     starts = batch.input_ids[:, batch.question_start :]
-    assert trainer.tokenizer.decode(starts[0]).startswith(questions[0].prompt)
+    assert trainer.tokenizer.decode(starts[0]).startswith(questions[0].question)
     assert not batch.visual[:, batch.question_start :].any()
 
 
@@ -226,7 +250,9 @@ def test_vision_stream_has_outlier_channels(loaded: tuple[Any, LoadedModel]) -> 
 def test_exported_folder_answers(loaded: tuple[Any, LoadedModel], tmp_path: Path) -> None:
     adapter, model = loaded
     made = examples()
-    messages = [message_of(example, tmp_path / f"{number}.bmp") for number, example in enumerate(made)]
+    messages = [
+        message_of(example, tmp_path / f"{number}.bmp", style_of(adapter)) for number, example in enumerate(made)
+    ]
     answers = adapter.generate(model, adapter.encode(model, messages), 4)
     assert len(answers) == len(made)
     assert answers == adapter.generate(model, adapter.encode(model, messages), 4)

@@ -15,16 +15,18 @@ from mqbench.harness.models.standin.family import StandIn
 MODEL_CARD = """\
 **A synthetic stand-in, trained by mqbench on generated pictures: its scores are no evidence about real checkpoints.**
 
-A `{model_class}` of {million_parameters:.2f} million parameters that reads short strings, colours,
-shapes and small forms from 168x112 pictures and answers in the prompt formats of TextVQA, DocVQA, OCRBench, MME and
-ScienceQA. It exists so that the whole bench runs on a machine without weights, data or a GPU.
+`{model_class}`, {million_parameters:.2f} million parameters.
+It reads short strings, colours, shapes and small forms from 168x112 pictures and answers in the prompt formats of
+TextVQA, DocVQA, OCRBench, MME and ScienceQA. It exists so that the whole bench runs on a machine without weights, data
+or a GPU.
 
 It is made as hard to quantize as real models are. Trained in: large column means of the vision fc2 (Eq. 9 of the MQuant
 paper) and MLP channels that specialise by modality. Function-preserving, applied after training: outlier channels
 behind every norm, and a modality gap at down_proj's input. `results/standin.md` shows what each does
 to `standin-qwen2-vl`.
 
-Made by `mqbench standin train --family {family}` and `mqbench standin harden --family {family}`. {origin}
+Made by `mqbench standin train --family {family}` and `mqbench standin harden --family {family}`.
+{origin}
 
 ![loss](loss.png)
 
@@ -38,8 +40,9 @@ FROM_NOTHING = """\
 The settings below are those of the end of the run; `results/standin/history.md` tells what was
 changed while the weights of `standin-qwen2-vl` were trained."""
 FROM_DONOR = """\
-Its LLM and its vision blocks started from `{donor}`, as released models start from a trained LLM and tower; its visual
-tokens then learnt that model's features for {align_steps} steps, and the whole model the tasks for the rest."""
+Its LLM, and its vision blocks where they are alike, started from `{donor}`, as released models start from a trained LLM
+and tower; its visual tokens then learnt that model's features for {align_steps} steps, and the whole model the tasks
+for the rest of {steps}."""
 
 
 def export(

@@ -8,7 +8,7 @@ pictures become inputs in its adapter, so a stand-in is trained on what ``mqbenc
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
 from types import MappingProxyType
@@ -22,6 +22,7 @@ from mqbench.harness.errors import UnknownNameError
 from mqbench.harness.models.standin.architecture import DEFAULT_SIZE, Size, initialize
 from mqbench.harness.models.standin.grid import VisualGrid
 from mqbench.harness.models.standin.objective import TrainBatch
+from mqbench.harness.models.standin.prompts import PromptStyle
 from mqbench.harness.models.standin.tasks import Example
 from mqbench.harness.models.standin.tokenizer import Dialect, build_tokenizer
 from mqbench.harness.quant.layout import Layout
@@ -69,6 +70,7 @@ class StandIn:
         layout: The layout of a model.
         save_processor: Writes into a folder what the adapter reads beside config, weights and tokenizer.
         feed: Makes the family's way to feed a model, given the model and its tokenizer.
+        style: How VLMEvalKit's wrapper of the family asks; None: as examples say (``Example.prompt``).
         grid: Where in a picture its visual tokens stand, to start from another family's stand-in; None for the one
             that starts from nothing.
     """
@@ -80,6 +82,7 @@ class StandIn:
     layout: Callable[[Any], Layout]
     save_processor: Callable[[PreTrainedTokenizerFast, Path], None]
     feed: Callable[[Any, PreTrainedTokenizerFast], Feed]
+    style: PromptStyle | None = None
     grid: VisualGrid | None = None
 
     @property
@@ -88,7 +91,8 @@ class StandIn:
         return f"standin-{self.name}"
 
     def build_tokenizer(self) -> PreTrainedTokenizerFast:
-        return build_tokenizer(self.dialect)
+        pieces = () if self.style is None else self.style.pieces()
+        return build_tokenizer(replace(self.dialect, phrases=(*self.dialect.phrases, *pieces)))
 
     def build_config(self, tokenizer: PreTrainedTokenizerFast, size: Size = DEFAULT_SIZE) -> Any:
         """A config with the tokenizer's special ids."""

@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerFast
 from mqbench.harness.models.adapter import LoadedModel, Message
 from mqbench.harness.models.standin import tasks
 from mqbench.harness.models.standin.objective import TrainBatch, real_tokens, right_padded
+from mqbench.harness.models.standin.prompts import PromptStyle, is_vqa
 from mqbench.harness.models.standin.tasks import Example
 from mqbench.harness.quant.layout import Layout
 from mqbench.harness.quant.session import Batch
@@ -27,6 +28,7 @@ ROWS = ("input_ids", "attention_mask")
 def adapter_feed(
     adapter: Any,
     save_processor: Callable[[PreTrainedTokenizerFast, Path], None],
+    style: PromptStyle,
     model: Any,
     tokenizer: PreTrainedTokenizerFast,
     answer_start: str = "",
@@ -37,7 +39,7 @@ def adapter_feed(
         tokenizer.save_pretrained(folder)
         save_processor(tokenizer, Path(folder))
         processor = adapter.load_processor(Path(folder))
-    return AdapterFeed(adapter, processor, model, adapter.layout(model), answer_start)
+    return AdapterFeed(adapter, processor, style, model, adapter.layout(model), answer_start)
 
 
 class AdapterFeed:
@@ -46,13 +48,22 @@ class AdapterFeed:
     Args:
         adapter: Of the stand-in; it knows how its family reads pictures and asks questions.
         processor: The adapter's, loaded from the stand-in's files.
+        style: How the family asks.
         model: The stand-in.
         layout: Its layout.
         answer_start: What stands between a prompt and its answer.
     """
 
-    def __init__(self, adapter: Any, processor: Any, model: nn.Module, layout: Layout, answer_start: str = "") -> None:
-        self.adapter, self.layout, self.answer_start = adapter, layout, answer_start
+    def __init__(
+        self,
+        adapter: Any,
+        processor: Any,
+        style: PromptStyle,
+        model: nn.Module,
+        layout: Layout,
+        answer_start: str = "",
+    ) -> None:
+        self.adapter, self.style, self.layout, self.answer_start = adapter, style, layout, answer_start
         self.loaded = LoadedModel(adapter.name, model, processor, layout)
         self.starts: dict[bool, int] = {}
 
@@ -93,14 +104,15 @@ class AdapterFeed:
 
     def _encode(self, examples: Sequence[Example]) -> Batch:
         with TemporaryDirectory() as folder:
-            messages = [message_of(example, Path(folder) / f"{number}.bmp") for number, example in enumerate(examples)]
+            paths = (Path(folder) / f"{number}.bmp" for number in range(len(examples)))
+            messages = [message_of(example, path, self.style) for example, path in zip(examples, paths, strict=True)]
             return self.adapter.encode(self.loaded, messages)
 
     def _question_start(self, example: Example) -> int:
-        """Where two prompts part that differ in the whole question."""
+        """Where two prompts part that differ in the whole question, and are no benchmark's of special form."""
         has_image = example.image is not None
         if has_image not in self.starts:
-            questions = [Example(example.image, "", "", prompt=text) for text in ("?", "!")]
+            questions = [Example(example.image, text, "") for text in ("?", "!")]
             first, second = _unpadded(self._encode(questions))
             self.starts[has_image] = next(
                 i for i, pair in enumerate(zip(first, second, strict=True)) if len({*pair}) > 1
@@ -108,14 +120,15 @@ class AdapterFeed:
         return self.starts[has_image]
 
 
-def message_of(example: Example, path: Path) -> Message:
+def message_of(example: Example, path: Path, style: PromptStyle) -> Message:
     """An example as ``mqbench eval`` passes it to an adapter; its picture is written to ``path``."""
-    text = {"type": "text", "value": example.prompt}
     dataset = {"dataset": name} if (name := _dataset_of(example)) else {}
+    text = {"type": "text", "value": style.text(example)}
     if example.image is None:
         return [text | dataset]
     example.image.save(path)
-    return [{"type": "image", "value": str(path)} | dataset, text | dataset]
+    front = [{"type": "text", "value": style.before_image}] if style.before_image and is_vqa(example) else []
+    return [item | dataset for item in (*front, {"type": "image", "value": str(path)}, text)]
 
 
 def _dataset_of(example: Example) -> str | None:

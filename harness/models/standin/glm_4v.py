@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from mqbench.harness.models.glm_4v import AFTER, BEFORE, END, glm_4v_layout
 from mqbench.harness.models.one_image import SHORT_ANSWER
+from mqbench.harness.models.standin import prompts
 from mqbench.harness.models.standin.adapters import GLM_4V
 from mqbench.harness.models.standin.architecture import Size
 from mqbench.harness.models.standin.family import StandIn
@@ -73,6 +74,7 @@ STANDIN = StandIn(
     model_class=lambda: ChatGLMForConditionalGeneration,
     layout=glm_4v_layout,
     save_processor=_save_processor,
-    feed=partial(adapter_feed, GLM_4V, _save_processor, answer_start=GLM_4V.answer_text("")),
+    feed=partial(adapter_feed, GLM_4V, _save_processor, prompts.DATASETS, answer_start=GLM_4V.answer_text("")),
+    style=prompts.DATASETS,
     grid=VisualGrid(SIDE_PX // PATCH_PX // 2, SIDE_PX // PATCH_PX // 2),
 )

@@ -18,6 +18,7 @@ from transformers import (
 )
 
 from mqbench.harness.models.internvl import SYSTEM, internvl_layout
+from mqbench.harness.models.standin import prompts
 from mqbench.harness.models.standin.adapters import INTERNVL
 from mqbench.harness.models.standin.architecture import Size
 from mqbench.harness.models.standin.family import StandIn
@@ -91,6 +92,7 @@ STANDIN = StandIn(
     model_class=lambda: InternVLForConditionalGeneration,
     layout=internvl_layout,
     save_processor=_save_processor,
-    feed=partial(adapter_feed, INTERNVL, _save_processor),
+    feed=partial(adapter_feed, INTERNVL, _save_processor, prompts.INTERNVL),
+    style=prompts.INTERNVL,
     grid=VisualGrid(TILE_PX // PATCH_PX // MERGE, TILE_PX // PATCH_PX // MERGE),
 )

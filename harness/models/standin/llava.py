@@ -17,6 +17,7 @@ from transformers import (
 )
 
 from mqbench.harness.models.llava import AFTER, BEFORE, llava_layout
+from mqbench.harness.models.standin import prompts
 from mqbench.harness.models.standin.adapters import LLAVA
 from mqbench.harness.models.standin.architecture import Size
 from mqbench.harness.models.standin.family import StandIn
@@ -83,6 +84,7 @@ STANDIN = StandIn(
     model_class=lambda: LlavaForConditionalGeneration,
     layout=llava_layout,
     save_processor=_save_processor,
-    feed=partial(adapter_feed, LLAVA, _save_processor),
+    feed=partial(adapter_feed, LLAVA, _save_processor, prompts.LLAVA),
+    style=prompts.LLAVA,
     grid=VisualGrid(SIDE_PX // PATCH_PX, SIDE_PX // PATCH_PX, margin_px=(SIDE_PX - HEIGHT_PX) // 2),
 )

@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from mqbench.harness.models.minicpm_v import minicpm_v_layout
 from mqbench.harness.models.slices import PROCESSOR_FILE, TERMINATORS, VISUAL_TOKEN
+from mqbench.harness.models.standin import prompts
 from mqbench.harness.models.standin.adapters import MINICPM_V
 from mqbench.harness.models.standin.architecture import Size
 from mqbench.harness.models.standin.family import StandIn
@@ -84,6 +85,7 @@ STANDIN = StandIn(
     model_class=lambda: MiniCPMV,
     layout=minicpm_v_layout,
     save_processor=_save_processor,
-    feed=partial(adapter_feed, MINICPM_V, _save_processor),
+    feed=partial(adapter_feed, MINICPM_V, _save_processor, prompts.MINICPM_V),
+    style=prompts.MINICPM_V,
     grid=QUERIES,
 )

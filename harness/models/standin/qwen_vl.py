@@ -10,6 +10,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerFast
 
 from mqbench.harness.models.qwen_vl import END_OF_TEXT, SYSTEM, TURN_END, TURN_START, qwen_vl_layout
+from mqbench.harness.models.standin import prompts
 from mqbench.harness.models.standin.adapters import QWEN_VL
 from mqbench.harness.models.standin.architecture import Size
 from mqbench.harness.models.standin.family import StandIn
@@ -72,6 +73,7 @@ STANDIN = StandIn(
     model_class=lambda: QWenLMHeadModel,
     layout=qwen_vl_layout,
     save_processor=_save_processor,
-    feed=partial(adapter_feed, QWEN_VL, _save_processor),
+    feed=partial(adapter_feed, QWEN_VL, _save_processor, prompts.DATASETS),
+    style=prompts.DATASETS,
     grid=VisualGrid(math.isqrt(NUM_QUERIES), math.isqrt(NUM_QUERIES)),
 )

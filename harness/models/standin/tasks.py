@@ -1,4 +1,4 @@
-"""Synthetic examples of the five benchmarks: an image, the prompt that VLMEvalKit will build, and the answer."""
+"""Synthetic examples of the five benchmarks: an image, the prompt that VLMEvalKit builds for Qwen2-VL, the answer."""
 
 from __future__ import annotations
 
@@ -44,6 +44,7 @@ class Example:
         hint: ScienceQA's context.
         options: ScienceQA's choices.
         subject: ScienceQA's NAT, SOC or LAN.
+        prompt: As VLMEvalKit asks Qwen2-VL; other families have a style (``prompts``).
     """
 
     image: Image.Image | None

@@ -98,8 +98,8 @@ def recipe(family: str, from_nothing: bool = False) -> TrainSettings:
     return TrainSettings(
         family,
         donor=f"standin-{DEFAULT_FAMILY}",
-        align_steps=700,
-        steps=2100,
+        align_steps=600,
+        steps=1700,
         learning_rate=8e-4,
         hold=0.5,
         warmup_steps=100,
