@@ -9,6 +9,7 @@ import pytest
 from fakes.plugin import Workplace, make_workplace
 from mqbench.harness.environment import ROOT
 from mqbench.harness.errors import MQBenchError, RequestError, UnknownNameError
+from mqbench.harness.models.standin.adapters import ADAPTERS
 from mqbench.harness.plan import expand_all
 from mqbench.harness.planfile import BlueprintRun, PlanFile, read_plan_file
 from mqbench.harness.request import Request
@@ -110,7 +111,9 @@ def test_a_plan_that_is_not_there(place: Workplace) -> None:
 def test_the_papers_plan_is_sound(tmp_path: Path) -> None:
     """Every name, option and bit setting exists, and every cell has one place."""
     plan = expand_all(read_plan_file(PAPER, Request(out=tmp_path)).requests)
-    assert {cell.model for cell in plan.cells} == {"standin-qwen2-vl", "standin-llama"}
+    further = {adapter.name for adapter in ADAPTERS}
+    assert {cell.model for cell in plan.cells} == {"standin-qwen2-vl", "standin-llama", *further}
+    assert {cell.recipe.method for cell in plan.cells if cell.model in further} >= {"rtn", "quarot", "mquant"}
     methods = {"none", "rtn", "smoothquant", "gptq", "awq", "quarot", "mquant"}
     assert {cell.recipe.method for cell in plan.cells} == methods
     assert len({cell.key for cell in plan.cells}) == len(plan.cells)

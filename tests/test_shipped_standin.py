@@ -81,12 +81,12 @@ def shipped_records() -> list[Record]:
     return [record for record in RecordStore(RECORDS).latest().values() if record.ok]
 
 
-def recovery(records: list[Record], method: str, bits: tuple[str, str]) -> float:
+def recovery(records: list[Record], model: str, method: str, bits: tuple[str, str]) -> float:
     """Mean over the benchmarks of score / float score, in percent."""
     scores = {
         (record.cell.recipe.method, record.cell.recipe.vision, record.cell.recipe.text, record.cell.task): record.score
         for record in records
-        if record.cell.model == NAME
+        if record.cell.model == model and not record.cell.recipe.options
     }
     ratios = [scores[method, *bits, task] / scores["none", "float", "float", task] for task in TASKS]
     return 100 * sum(ratios) / len(ratios)

@@ -17,7 +17,7 @@ from mqbench.harness.errors import UnknownNameError
 from mqbench.harness.evaluate import build_messages
 from mqbench.harness.models.adapter import LoadedModel
 from mqbench.harness.models.standin import build, tasks
-from mqbench.harness.models.standin.adapters import ADAPTERS
+from mqbench.harness.models.standin.adapters import ADAPTERS, SHIPPED_WEIGHTS
 from mqbench.harness.models.standin.architecture import DEFAULT_SIZE, Size
 from mqbench.harness.models.standin.benchmarks import BENCHMARKS, Benchmark, split_examples
 from mqbench.harness.models.standin.build import harden_and_export
@@ -258,9 +258,12 @@ def test_exported_folder_answers(loaded: tuple[Any, LoadedModel], tmp_path: Path
     assert answers == adapter.generate(model, adapter.encode(model, messages), 4)
 
 
-def test_models_without_weights_say_how_to_get_them() -> None:
+def test_a_folder_of_ones_own_comes_before_the_shipped_one(tmp_path: Path) -> None:
     for adapter in ADAPTERS:
-        assert adapter.find_weights(None) is None
+        assert adapter.find_weights(None) == SHIPPED_WEIGHTS / adapter.name
+        assert adapter.find_weights(tmp_path) == SHIPPED_WEIGHTS / adapter.name
+        (tmp_path / adapter.name).mkdir()
+        assert adapter.find_weights(tmp_path) == tmp_path / adapter.name
         assert f"mqbench standin train --family {adapter.name.removeprefix('standin-')}" in adapter.how_to_get
         assert discover.find_model(adapter.name) == adapter
 

@@ -1,4 +1,4 @@
-"""Stand-ins of families whose weights do not ship: registered, so that a folder that somebody trained is found."""
+"""Stand-ins of further families; in place of the shipped weights a folder that somebody trained is taken."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class TrainedHere:
     name: str
 
     def find_weights(self, models_dir: Path | None) -> Path | None:
-        """The shipped folder; or ``models_dir/NAME``; or None."""
+        """``models_dir/NAME``; or the shipped folder; or None."""
         own = None if models_dir is None else models_dir / self.name
         if own is not None and own.is_dir():
             return own

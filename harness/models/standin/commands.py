@@ -15,7 +15,7 @@ Out = Annotated[Path, typer.Option(help="Folder to write to.")]
 OutOrDefault = Annotated[Path | None, typer.Option(help="Folder to write to.")]
 Run = Annotated[Path | None, typer.Option(help="Folder of a finished 'standin train'; by default that of --family.")]
 Family = Annotated[
-    str, typer.Option(help="qwen2-vl (whose weights ship), glm-4v, internvl, llava, minicpm-v or qwen-vl.")
+    str, typer.Option(help="qwen2-vl, glm-4v, internvl, llava, minicpm-v or qwen-vl.")
 ]
 QWEN2_VL = "qwen2-vl"
 Gap = Annotated[
