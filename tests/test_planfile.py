@@ -111,7 +111,7 @@ def test_a_plan_that_is_not_there(place: Workplace) -> None:
 def test_the_papers_plan_is_sound(tmp_path: Path) -> None:
     """Every name, option and bit setting exists, and every cell has one place."""
     plan = expand_all(read_plan_file(PAPER, Request(out=tmp_path)).requests)
-    further = {adapter.name for adapter in ADAPTERS}
+    further = {adapter.name for adapter in ADAPTERS if adapter.find_weights(None)}
     assert {cell.model for cell in plan.cells} == {"standin-qwen2-vl", "standin-llama", *further}
     assert {cell.recipe.method for cell in plan.cells if cell.model in further} >= {"rtn", "quarot", "mquant"}
     methods = {"none", "rtn", "smoothquant", "gptq", "awq", "quarot", "mquant"}

@@ -19,8 +19,8 @@ from mqbench.harness.models.standin.grid import VisualGrid
 from mqbench.harness.models.standin.tokenizer import Dialect
 from mqbench.harness.models.trees.qwen_vl import QWenConfig, QWenLMHeadModel
 
-SIDE_PX, PATCH_PX, NUM_QUERIES = 168, 28, 36
-"""A picture is stretched to a square of this side; the resampler makes 36 visual tokens of its 36 patches."""
+SIDE_PX, PATCH_PX, NUM_QUERIES = 168, 14, 36
+"""A picture is stretched to a square of this side; the resampler makes 36 visual tokens of its 144 patches."""
 
 IMAGE_TOKENS = ("<img>", "</img>", "<imgpad>")
 """The second follows the first: the config names only one of them."""
