@@ -14,9 +14,7 @@ app = typer.Typer(
 Out = Annotated[Path, typer.Option(help="Folder to write to.")]
 OutOrDefault = Annotated[Path | None, typer.Option(help="Folder to write to.")]
 Run = Annotated[Path | None, typer.Option(help="Folder of a finished 'standin train'; by default that of --family.")]
-Family = Annotated[
-    str, typer.Option(help="qwen2-vl, glm-4v, internvl, llava, minicpm-v or qwen-vl.")
-]
+Family = Annotated[str, typer.Option(help="qwen2-vl, glm-4v, internvl, llava, minicpm-v or qwen-vl.")]
 QWEN2_VL = "qwen2-vl"
 Gap = Annotated[
     float | None,
