@@ -112,7 +112,7 @@ def test_every_family_answers_and_needs_rotation(name):
     assert {task: floats[task] >= least for task, least in LEAST_FLOAT.items()} == dict.fromkeys(LEAST_FLOAT, True)
     for bits in (("w8a8", "w4a8"), ("w4a8", "w4a8")):
         kept = {method: recovery(records, name, method, bits) for method in METHODS}
-        assert kept["rtn"] < 10 < 50 < kept["smoothquant"] < 80 < 90 < kept["quarot"]
+        assert kept["rtn"] < 10 < 50 < kept["smoothquant"] < 85 < 90 < kept["quarot"]
         assert kept["mquant"] > max(97, kept["quarot"] - 0.5)
 
 
