@@ -103,16 +103,29 @@ def _paper_label(line: Line, columns: Mapping[str, str], setting: str) -> str:
 def _listed(records: Sequence[Record], spec: TableSpec) -> list[Place]:
     """Rows as listed, once for every model, and device of its sweeps, that has a record for any of them.
 
+    Where some model has records for rows of this table's own, models with records for shared rows alone are left out.
     A quantized folder stands with the float records of the model that it was made of.
     """
-    places = []
+    bodies: list[tuple[list[Place], bool]] = []
     for model in sorted({record.cell.model for record in records}):
         for device in _devices(records, model):
             known = [record for record in records if _belongs(record, model, device)]
-            body = _body(known, spec, model, device)
-            if any(record.cell.model == model for place in body for record in place.records if record is not None):
-                places += body
-    return places or _body([], spec, NO_MODEL, NO_MODEL)
+            rows = _rows(known, spec)
+            body = _body(known, rows, spec, model, device)
+            filled = [row.shared for row, place in zip(rows, body, strict=True) if _has_record(place, model)]
+            if filled:
+                bodies.append((body, not all(filled)))
+    some_own = any(own for _, own in bodies)
+    places = [place for body, own in bodies if own or not some_own for place in body]
+    return places or _body([], _rows([], spec), spec)
+
+
+def _rows(records: Sequence[Record], spec: TableSpec) -> Sequence[RowSpec]:
+    return spec.row if spec.points is None else _point_rows(records, spec, spec.points)
+
+
+def _has_record(place: Place, model: str) -> bool:
+    return any(record is not None and record.cell.model == model for record in place.records)
 
 
 def _devices(records: Sequence[Record], model: str) -> list[str]:
@@ -127,9 +140,10 @@ def _belongs(record: Record, model: str, device: str) -> bool:
     return record.cell.model == model or _is_baseline(record, model)
 
 
-def _body(records: Sequence[Record], spec: TableSpec, model: str, device: str) -> list[Place]:
+def _body(
+    records: Sequence[Record], rows: Sequence[RowSpec], spec: TableSpec, model: str = NO_MODEL, device: str = NO_MODEL
+) -> list[Place]:
     """The listed rows for one model and device."""
-    rows = spec.row if spec.points is None else _point_rows(records, spec, spec.points)
     return [_listed_place(records, row, spec, (model, device)) for row in rows]
 
 

@@ -70,7 +70,7 @@ class Column:
 
 @dataclass(frozen=True)
 class RowSpec:
-    """One row of the paper: printed once for every model that has a record for any row.
+    """One row of the paper: printed once for every model that the table lists.
 
     Attributes:
         labels: Texts for the table's ``rows`` after the model. ``{bits}`` and other settings are those of the record
@@ -81,6 +81,7 @@ class RowSpec:
         point: As ``where``, for columns of sweeps, which ``where`` does not concern.
         fill: What ``{name}`` stands for in the metrics of columns of sweeps.
         task: Sweep that those columns read, in place of their own.
+        shared: Another table shows the same records: a model with no others is not listed beside one that has some.
     """
 
     labels: tuple[str, ...]
@@ -89,6 +90,7 @@ class RowSpec:
     point: Mapping[str, Any] = field(default_factory=dict)
     fill: Mapping[str, str] = field(default_factory=dict)
     task: str = ""
+    shared: bool = False
 
     @property
     def conditions(self) -> Mapping[str, Any]:

@@ -129,6 +129,16 @@ def test_each_model_is_a_body_of_its_own() -> None:
     assert "standin" not in build(records, load_spec(7)).caption
 
 
+def test_a_model_with_rows_of_another_table_alone_gives_way_to_one_with_more() -> None:
+    """The whole MQuant also stands in Table 3; that without RMS is Table 7's own."""
+    own = options_of(find_method("mquant"), {"rms": False})
+    ablation = make_cell("mme", model="b", recipe=Recipe("mquant", "w4a8", "w4a8", 0, own))
+    shared = [make_cell("mme", "mquant", "w4a8/w4a8", model) for model in "ab"]
+    both = [make_record(cell) for cell in (*shared, ablation)]
+    assert [row.labels[0] for row in build(both, load_spec(7)).rows] == ["b"] * 4
+    assert "a" in {row.labels[0] for row in build(both[:2], load_spec(7)).rows}
+
+
 def test_a_quantized_folder_stands_with_the_float_of_its_model() -> None:
     cells = [make_cell("mme", "none", model="a"), make_cell("mme", "mquant", "w4a8/w4a8", "a@mine")]
     records = [make_record(cell, score) for cell, score in zip(cells, (100.0, 90.0), strict=True)]
