@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedTokenizerFast
 
 from mqbench.harness.quant.layout import Layout, NormPlace, Tower
 
@@ -30,6 +32,24 @@ class Size:
 
 
 DEFAULT_SIZE = Size()
+
+
+def decoder_arguments(tokenizer: PreTrainedTokenizerFast, size: Size) -> dict[str, Any]:
+    """Entries of transformers' configs of LLaMA and Qwen2."""
+    return {
+        "vocab_size": len(tokenizer),
+        "hidden_size": size.text_width,
+        "intermediate_size": size.text_mlp,
+        "num_hidden_layers": size.text_depth,
+        "num_attention_heads": size.text_heads,
+        "num_key_value_heads": size.text_kv_heads,
+        "max_position_embeddings": 4096,
+        "rms_norm_eps": 1e-6,
+        "bos_token_id": None,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+        "tie_word_embeddings": False,
+    }
 
 
 def initialize(model: nn.Module, layout: Layout, fc2_mean: float = 0.25) -> None:

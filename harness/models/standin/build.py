@@ -19,7 +19,7 @@ from mqbench.harness.models.standin.export import export
 from mqbench.harness.models.standin.family import Feed, StandIn, find_standin, text_channels_of
 from mqbench.harness.models.standin.harden import Hardness, harden
 from mqbench.harness.models.standin.objective import TrainBatch
-from mqbench.harness.models.standin.train import MAX_DIFFICULTY, MIXTURE, saved_settings
+from mqbench.harness.models.standin.train import MAX_DIFFICULTY, mixed_examples, saved_settings
 from mqbench.harness.quant.layout import Layout
 
 MEASURED_EXAMPLES = 512
@@ -28,8 +28,7 @@ MEASURED_EXAMPLES = 512
 def measured_batches(feed: Feed, seed: int = 0) -> list[TrainBatch]:
     """Fresh examples of every kind on which text ranges are measured; no other split holds them."""
     rng = Random(f"harden-{seed}")
-    makers, weights = zip(*MIXTURE, strict=True)
-    pictured = [maker(rng, MAX_DIFFICULTY) for maker in rng.choices(makers, weights, k=MEASURED_EXAMPLES)]
+    pictured = mixed_examples(rng, MEASURED_EXAMPLES)
     written = [tasks.scienceqa(rng, MAX_DIFFICULTY, context=context) for context in ("TXT", "NO") for _ in range(64)]
     groups = [pictured[start : start + 64] for start in range(0, len(pictured), 64)]
     return [feed.collate(group) for group in (*groups, written)]

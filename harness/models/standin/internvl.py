@@ -20,7 +20,7 @@ from transformers import (
 from mqbench.harness.models.internvl import SYSTEM, internvl_layout
 from mqbench.harness.models.standin import prompts
 from mqbench.harness.models.standin.adapters import INTERNVL
-from mqbench.harness.models.standin.architecture import Size
+from mqbench.harness.models.standin.architecture import Size, decoder_arguments
 from mqbench.harness.models.standin.family import StandIn
 from mqbench.harness.models.standin.feed import adapter_feed
 from mqbench.harness.models.standin.grid import VisualGrid
@@ -47,7 +47,7 @@ DIALECT = Dialect(
 
 
 def _config(tokenizer: PreTrainedTokenizerFast, size: Size) -> InternVLConfig:
-    pad_id, end_id, image_id = tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|im_end|>", "<IMG_CONTEXT>"])
+    image_id = tokenizer.convert_tokens_to_ids(NAMES["context_image_token"])
     vision = InternVLVisionConfig(
         hidden_size=size.vision_width,
         intermediate_size=4 * size.vision_width,
@@ -61,20 +61,7 @@ def _config(tokenizer: PreTrainedTokenizerFast, size: Size) -> InternVLConfig:
         # Released towers start at 0.1, which nearly silences the branches of so shallow a one.
         layer_scale_init_value=1.0,
     )
-    text = Qwen2Config(
-        vocab_size=len(tokenizer),
-        hidden_size=size.text_width,
-        intermediate_size=size.text_mlp,
-        num_hidden_layers=size.text_depth,
-        num_attention_heads=size.text_heads,
-        num_key_value_heads=size.text_kv_heads,
-        max_position_embeddings=4096,
-        rms_norm_eps=1e-6,
-        bos_token_id=None,
-        eos_token_id=end_id,
-        pad_token_id=pad_id,
-        tie_word_embeddings=False,
-    )
+    text = Qwen2Config(**decoder_arguments(tokenizer, size))
     ids = {"image_token_id": image_id, "image_seq_length": TOKENS_PER_TILE}
     return InternVLConfig(vision_config=vision, text_config=text, tie_word_embeddings=False, **ids)
 

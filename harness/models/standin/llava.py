@@ -19,7 +19,7 @@ from transformers import (
 from mqbench.harness.models.llava import AFTER, BEFORE, llava_layout
 from mqbench.harness.models.standin import prompts
 from mqbench.harness.models.standin.adapters import LLAVA
-from mqbench.harness.models.standin.architecture import Size
+from mqbench.harness.models.standin.architecture import Size, decoder_arguments
 from mqbench.harness.models.standin.family import StandIn
 from mqbench.harness.models.standin.feed import adapter_feed
 from mqbench.harness.models.standin.grid import VisualGrid
@@ -39,7 +39,7 @@ DIALECT = Dialect(
 
 
 def _config(tokenizer: PreTrainedTokenizerFast, size: Size) -> LlavaConfig:
-    pad_id, end_id, image_id = tokenizer.convert_tokens_to_ids(list(DIALECT.special))
+    image_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
     vision = CLIPVisionConfig(
         hidden_size=size.vision_width,
         intermediate_size=4 * size.vision_width,
@@ -50,20 +50,7 @@ def _config(tokenizer: PreTrainedTokenizerFast, size: Size) -> LlavaConfig:
         patch_size=PATCH_PX,
         projection_dim=size.vision_width,
     )
-    text = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=size.text_width,
-        intermediate_size=size.text_mlp,
-        num_hidden_layers=size.text_depth,
-        num_attention_heads=size.text_heads,
-        num_key_value_heads=size.text_kv_heads,
-        max_position_embeddings=4096,
-        rms_norm_eps=1e-6,
-        bos_token_id=None,
-        eos_token_id=end_id,
-        pad_token_id=pad_id,
-        tie_word_embeddings=False,
-    )
+    text = LlamaConfig(**decoder_arguments(tokenizer, size))
     ids = {"image_token_id": image_id, "image_token_index": image_id}
     return LlavaConfig(vision_config=vision, text_config=text, tie_word_embeddings=False, **ids)
 

@@ -13,7 +13,7 @@ from mqbench.harness.models.minicpm_v import minicpm_v_layout
 from mqbench.harness.models.slices import PROCESSOR_FILE, TERMINATORS, VISUAL_TOKEN
 from mqbench.harness.models.standin import prompts
 from mqbench.harness.models.standin.adapters import MINICPM_V
-from mqbench.harness.models.standin.architecture import Size
+from mqbench.harness.models.standin.architecture import Size, decoder_arguments
 from mqbench.harness.models.standin.family import StandIn
 from mqbench.harness.models.standin.feed import adapter_feed
 from mqbench.harness.models.standin.grid import VisualGrid
@@ -56,18 +56,7 @@ def _config(tokenizer: PreTrainedTokenizerFast, size: Size) -> MiniCPMVConfig:
     }
     return MiniCPMVConfig(
         vision_config=vision,
-        vocab_size=len(tokenizer),
-        hidden_size=size.text_width,
-        intermediate_size=size.text_mlp,
-        num_hidden_layers=size.text_depth,
-        num_attention_heads=size.text_heads,
-        num_key_value_heads=size.text_kv_heads,
-        max_position_embeddings=4096,
-        rms_norm_eps=1e-6,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        tie_word_embeddings=False,
+        **decoder_arguments(tokenizer, size),
         query_num=NUM_QUERIES,
         resampler_head_dim=size.text_width // size.text_heads,
         image_token_id=tokenizer.convert_tokens_to_ids(VISUAL_TOKEN),

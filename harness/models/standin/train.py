@@ -125,11 +125,15 @@ def make_examples(settings: TrainSettings, step: int) -> list[Example]:
     return [maker(rng, difficulty) for maker in chosen]
 
 
-def make_pictured(settings: TrainSettings, step: int) -> list[Example]:
-    """The examples of one step that teaches the vision tower: of every kind, at full difficulty."""
-    rng = Random(f"align-{settings.seed}-{step}")
+def mixed_examples(rng: Random, count: int) -> list[Example]:
+    """Examples with pictures, of every kind, at full difficulty."""
     makers, weights = zip(*MIXTURE, strict=True)
-    return [maker(rng, MAX_DIFFICULTY) for maker in rng.choices(makers, weights, k=settings.batch_size)]
+    return [maker(rng, MAX_DIFFICULTY) for maker in rng.choices(makers, weights, k=count)]
+
+
+def make_pictured(settings: TrainSettings, step: int) -> list[Example]:
+    """The examples of one step that teaches the vision tower."""
+    return mixed_examples(Random(f"align-{settings.seed}-{step}"), settings.batch_size)
 
 
 @torch.no_grad()
