@@ -73,6 +73,7 @@ class StandIn:
         style: How VLMEvalKit's wrapper of the family asks; None: as examples say (``Example.prompt``).
         grid: Where in a picture its visual tokens stand, to start from another family's stand-in; None for the one
             that starts from nothing.
+        align_steps: How many steps its visual tokens need to learn the donor's features.
     """
 
     name: str
@@ -84,6 +85,7 @@ class StandIn:
     feed: Callable[[Any, PreTrainedTokenizerFast], Feed]
     style: PromptStyle | None = None
     grid: VisualGrid | None = None
+    align_steps: int = 600
 
     @property
     def model_name(self) -> str:
