@@ -17,11 +17,11 @@ from transformers import GotOcr2ImageProcessor, InternVLProcessor, InternVLVideo
 from fakes.native_checks import DAMAGES, check_answers, check_batch, check_damage, check_greedy, message
 from fakes.native_folders import byte_tokenizer, write_folder
 from fakes.qwen2_vl_folder import write_image
-from mqbench.harness import evaluate
 from mqbench.harness.errors import DatasetError
 from mqbench.harness.models.adapter import LoadedModel, Message
 from mqbench.harness.models.internvl import ADAPTERS, CHAT, FAMILY, InternVLAdapter, join_items
 from mqbench.harness.models.tiles import cut_tiles, num_tiles
+from mqbench.harness.vlmeval_kit.library import vlmeval_module
 
 TILE_PX = 32
 TOKENS_PER_TILE = 4
@@ -103,7 +103,7 @@ def test_encode_equals_the_processor(
 
 def test_pixels_and_prompts_are_vlmevalkits(adapter: InternVLAdapter, loaded: LoadedModel, tmp_path: Path) -> None:
     """``load_image`` and ``reorganize_prompt`` of its wrapper, on images of all shapes and on several images."""
-    utils = evaluate._vlmeval("vlmeval.vlm.internvl.utils")
+    utils = vlmeval_module("vlmeval.vlm.internvl.utils")
     sizes = [(100, 50), (50, 190), (33, 31), (20, 20)]
     paths = [write_image(tmp_path / f"{i}.png", *size, seed=i) for i, size in enumerate(sizes)]
     for path in paths:

@@ -16,7 +16,6 @@ from sentencepiece import SentencePieceProcessor
 from fakes.native_checks import DAMAGES, check_answers, check_batch, check_damage, check_greedy, message
 from fakes.qwen2_vl_folder import write_image
 from fakes.sentencepiece_folder import write_tokenizer
-from mqbench.harness import evaluate
 from mqbench.harness.blueprint import load_blueprint
 from mqbench.harness.blueprint_tokens import visual_tokens
 from mqbench.harness.errors import DatasetError, MissingWeightsError
@@ -24,6 +23,7 @@ from mqbench.harness.models.adapter import LoadedModel, Message
 from mqbench.harness.models.family import tiny_model
 from mqbench.harness.models.internvl2 import ADAPTERS, FAMILY, SYSTEM, TileProcessor
 from mqbench.harness.models.sentencepiece_file import SentencePieceTokenizer
+from mqbench.harness.vlmeval_kit.library import vlmeval_module
 
 (ADAPTER,) = ADAPTERS
 TILE_PX, TOKENS_PER_TILE = 32, 4
@@ -74,7 +74,7 @@ def batch_ids(batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def test_pixels_are_vlmevalkits(loaded: LoadedModel, tmp_path: Path) -> None:
-    utils = evaluate._vlmeval("vlmeval.vlm.internvl.utils")
+    utils = vlmeval_module("vlmeval.vlm.internvl.utils")
     for index, size in enumerate([(100, 50), (50, 190), (33, 31), (20, 20)]):
         path = write_image(tmp_path / f"{index}.png", *size, seed=index)
         pixels = ADAPTER.encode(loaded, [message("?", path)])["pixel_values"]

@@ -14,12 +14,12 @@ from transformers import CLIPImageProcessor, LlavaProcessor
 from fakes.native_checks import DAMAGES, check_answers, check_batch, check_damage, check_greedy, message
 from fakes.native_folders import byte_tokenizer, write_folder
 from fakes.qwen2_vl_folder import write_image
-from mqbench.harness import evaluate
 from mqbench.harness.blueprint import load_blueprint
 from mqbench.harness.blueprint_tokens import visual_tokens
 from mqbench.harness.errors import DatasetError
 from mqbench.harness.models.adapter import LoadedModel, Message
 from mqbench.harness.models.llava import ADAPTERS, FAMILY, LlavaAdapter
+from mqbench.harness.vlmeval_kit.library import vlmeval_module
 
 SIDE_PX = 16
 SPECIAL = ("<pad>", "<s>", "</s>", "<image>")
@@ -97,7 +97,7 @@ def test_text_only_prompt(adapter: LlavaAdapter, loaded: LoadedModel) -> None:
 
 def test_prompts_are_vlmevalkits(adapter: LlavaAdapter, loaded: LoadedModel, messages: list[Message]) -> None:
     """The items of a message are joined as its wrapper does; each image is four placeholders here."""
-    join = evaluate._vlmeval("vlmeval.vlm.llava.llava").LLaVA.concat_tilist
+    join = vlmeval_module("vlmeval.vlm.llava.llava").LLaVA.concat_tilist
     for single in messages:
         text, images = join(None, single)
         ids = adapter.encode(loaded, [single])["input_ids"][0]

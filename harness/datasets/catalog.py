@@ -1,6 +1,6 @@
 """The benchmarks, as data: adding one of VLMEvalKit's is one more ``Task`` below.
 
-Nothing here imports vlmeval: names of its classes are strings that ``harness.evaluate`` resolves when they are needed.
+Nothing here imports vlmeval: names of its classes are strings that ``vlmeval_kit`` resolves when needed.
 """
 
 from __future__ import annotations
