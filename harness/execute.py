@@ -5,39 +5,32 @@ from __future__ import annotations
 import importlib
 import time
 import traceback
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from mqbench.harness import discover, environment
 from mqbench.harness.backend import backend_of, choose_backend, layers_of
-from mqbench.harness.datasets.catalog import TASKS, find_task
-from mqbench.harness.errors import DatasetError, MissingWeightsError, MQBenchError, RequestError
-from mqbench.harness.inputs import modality_of_adapter
+from mqbench.harness.cell_data import CellData, image_numbers
+from mqbench.harness.cell_record import attention_of, failure, reason_of, started_at_of
+from mqbench.harness.errors import MissingWeightsError, RequestError
 from mqbench.harness.plan import Group
 from mqbench.harness.ranks import Ranks
-from mqbench.harness.record import CalibrationInfo, Cell, Record, Sample, Status
+from mqbench.harness.record import Cell, Record, Sample, Status
 from mqbench.harness.request import Request
 from mqbench.harness.select import FLOAT_METHOD
 from mqbench.harness.sources import current_hash, remote_code
 from mqbench.harness.store import RecordStore
-from mqbench.harness.tasks import Needs, TaskKind, TaskResult, task_info
+from mqbench.harness.tasks import TaskKind, TaskResult, task_info
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
-    from mqbench.harness.datasets.files import TaskData
-    from mqbench.harness.evaluated import EvaluatedBatch
     from mqbench.harness.models.adapter import LoadedModel, ModelAdapter
     from mqbench.harness.quant.integer import BackendReport
     from mqbench.harness.quant.session import Batch, QuantReport
 
 EVALUATOR = "mqbench.harness.evaluate"
 """Module that makes prompts, generates answers and scores them."""
-
-MAX_REASON_LENGTH = 500
 
 
 @dataclass(frozen=True)
@@ -103,8 +96,6 @@ class Executor:
     notify: Notify
     evaluator: str = EVALUATOR
     ranks: Ranks = field(default_factory=Ranks)
-    _data: dict[tuple[str, int | None], TaskData] = field(default_factory=dict)
-    _prompts: dict[tuple[str, CalibrationInfo], list[Any]] = field(default_factory=dict)
 
     @cached_property
     def store(self) -> RecordStore:
@@ -113,6 +104,10 @@ class Executor:
     @cached_property
     def evaluate(self) -> Any:
         return importlib.import_module(self.evaluator)
+
+    @cached_property
+    def data(self) -> CellData:
+        return CellData(self.request, self.evaluate)
 
     def run_group(self, group: Group) -> None:
         """Writes one record for each cell, whatever happens; only the store's own errors come out."""
@@ -156,7 +151,7 @@ class Executor:
             return None
         torch.manual_seed(group.recipe.seed)
         method = discover.find_method(group.recipe.method)
-        batches = self._calibration_batches(loaded, group.calibration) if group.calibration else []
+        batches = self.data.calibration_batches(loaded, group.calibration) if group.calibration else []
         return method.quantize(loaded.model, loaded.layout, group.recipe, batches)
 
     def load(self, group: Group) -> LoadedModel:
@@ -188,35 +183,6 @@ class Executor:
         method = discover.find_method(group.recipe.method)
         return load_quantized(group.source.quantized, loaded, getattr(method, "restore", None)).report
 
-    def _calibration_batches(self, loaded: LoadedModel, info: CalibrationInfo) -> list[Batch]:
-        """The calibration samples as model inputs: prompts with their answers, or windows of text."""
-        adapter = discover.find_model(loaded.name)
-        if modality_of_adapter(adapter) is Needs.TEXT:
-            return self._text_calibration(loaded, adapter, info)
-        prompts = self._calibration_prompts(loaded.layout.family, info)
-        messages = [message for message, _ in prompts]
-        return [
-            adapter.encode(loaded, [prompts[row][0] for row in rows], [prompts[row][1] for row in rows])
-            for rows in self.evaluate.make_batches(messages, self.request.batch_size)
-        ]
-
-    def _text_calibration(self, loaded: LoadedModel, adapter: Any, info: CalibrationInfo) -> list[Batch]:
-        from mqbench.harness.datasets.text import load_text_calibration
-
-        settings = info.num_samples, info.seed, adapter.context_length
-        found = load_text_calibration(*settings, loaded.processor, self.request.data_dir)
-        _require_unchanged(found.info.sha256, info.sha256, "the calibration text")
-        return found.batches(loaded.model, self.request.batch_size)
-
-    def _calibration_prompts(self, family: str, info: CalibrationInfo) -> list[Any]:
-        from mqbench.harness.datasets.calibration import load_calibration
-
-        if (family, info) not in self._prompts:
-            found = load_calibration(info.split, info.num_samples, info.seed, self.request.data_dir)
-            _require_unchanged(found.hash, info.sha256, "the calibration data")
-            self._prompts[family, info] = self.evaluate.calibration_prompts(found, family)
-        return self._prompts[family, info]
-
     def _run_cell(self, ready: Ready, cell: Cell) -> None:
         started = time.perf_counter()
         try:
@@ -227,7 +193,7 @@ class Executor:
         record = Record(
             cell=cell,
             status=Status.OK,
-            started_at=_started_at(started),
+            started_at=started_at_of(started),
             duration_s=round(time.perf_counter() - started, 3),
             score=measured.result.score,
             metrics=measured.result.metrics,
@@ -254,7 +220,7 @@ class Executor:
     def _benchmark(self, ready: Ready, cell: Cell) -> Measured:
         from mqbench.harness.finite import finite_outputs
 
-        loaded, data = ready.loaded, self._task_data(cell)
+        loaded, data = ready.loaded, self.data.benchmark(cell)
         done, keep = self._resumed(cell)
 
         def answer() -> dict[str, str]:
@@ -278,7 +244,7 @@ class Executor:
         from mqbench.harness.finite import finite_outputs
         from mqbench.harness.perplexity import perplexity, window_losses
 
-        loaded, windows = ready.loaded, self._windows(ready, cell)
+        loaded, windows = ready.loaded, self.data.windows(ready.loaded, cell)
         done, keep = self._resumed(cell)
 
         def answer() -> dict[str, str]:
@@ -311,32 +277,14 @@ class Executor:
         def batches() -> list[Batch]:
             if cell.calibration is None:
                 raise RequestError(f"task '{cell.task}' looks at calibration samples, and none were planned")
-            return self._calibration_batches(ready.loaded, cell.calibration)
+            return self.data.calibration_batches(ready.loaded, cell.calibration)
 
         context = ProbeContext(
-            ready.loaded, cell.recipe, ready.report, batches, lambda: self._evaluated_batches(ready, cell)
+            ready.loaded, cell.recipe, ready.report, batches, lambda: self.data.evaluated_batches(ready.loaded, cell)
         )
         result = PROBES[cell.task].run(context)
         self.notify(Advanced(1))
         return Measured(result)
-
-    def _evaluated_batches(self, ready: Ready, cell: Cell) -> Iterable[EvaluatedBatch]:
-        from mqbench.harness.evaluated import benchmark_batches, rows_sha256, window_batches
-
-        if modality_of_adapter(ready.adapter) is Needs.TEXT:
-            return window_batches(ready.loaded, ready.adapter, self._windows(ready, cell), cell.batch_size)
-        parts = [self._rows_of(task, cell.limit) for task in TASKS]
-        _require_unchanged(rows_sha256(parts), cell.data_sha256, "what is evaluated")
-        return benchmark_batches(ready.loaded, ready.adapter, parts, cell.batch_size, self.evaluate)
-
-    def _windows(self, ready: Ready, cell: Cell) -> Tensor:
-        """The evaluated windows of text, (windows, context_length) token ids."""
-        from mqbench.harness.datasets.text import load_corpus, load_windows
-
-        length = ready.adapter.context_length  # type: ignore[attr-defined]
-        found = load_corpus("test", self.request.data_dir).windows_hash(length)
-        _require_unchanged(found, cell.data_sha256, "the evaluated text")
-        return load_windows(ready.loaded.processor, length, cell.limit, self.request.data_dir)
 
     def _resumed(self, cell: Cell) -> tuple[dict[str, str], Callable[[Mapping[str, str]], None]]:
         """The answers of a run that was killed in this cell, and what keeps new ones."""
@@ -350,72 +298,14 @@ class Executor:
 
         return done, keep
 
-    def _task_data(self, cell: Cell) -> TaskData:
-        data = self._rows_of(cell.task, cell.limit)
-        _require_unchanged(data.content_hash, cell.data_sha256, str(data.source))
-        return data
-
-    def _rows_of(self, task: str, limit: int | None) -> TaskData:
-        from mqbench.harness.datasets.files import load_task
-
-        if (task, limit) not in self._data:
-            self._data[task, limit] = load_task(find_task(task), self.request.data_dir, limit)
-        return self._data[task, limit]
-
     def _store_failure(self, cell: Cell, error: Exception, started: float, loaded: LoadedModel | None = None) -> None:
         text = "".join(traceback.format_exception(error))
         self.store.write_failure(cell.key, text)
         attention = None if loaded is None else attention_of(loaded)
-        record = failure(cell, reason_of(error), _started_at(started), time.perf_counter() - started, attention)
+        record = failure(cell, reason_of(error), started_at_of(started), time.perf_counter() - started, attention)
         self._store(record)
 
     def _store(self, record: Record) -> None:
         if self.ranks.leads:
             self.store.append(record)
         self.notify(Finished(record.cell.key, record.cell.label, record.score, record.reason))
-
-
-def image_numbers(data: TaskData) -> list[float]:
-    """A number per row, the same for rows with the same images: such rows are no independent evidence."""
-    numbers: dict[Any, float] = {}
-    rows = enumerate(data.frame["images"])
-    return [numbers.setdefault(images or ("row", row), float(len(numbers))) for row, images in rows]
-
-
-def _require_unchanged(found: str, planned: str, what: str) -> None:
-    if found != planned:
-        raise DatasetError(f"{what} changed while the run was under way; run again")
-
-
-def failure(cell: Cell, reason: str, started_at: str, duration_s: float = 0.0, attention: str | None = None) -> Record:
-    """The record of a cell that failed."""
-    return Record(
-        cell=cell,
-        status=Status.FAILED,
-        started_at=started_at,
-        duration_s=round(duration_s, 3),
-        reason=reason,
-        environment=environment.describe(attention),
-    )
-
-
-def reason_of(error: Exception) -> str:
-    """One line: our own errors speak for themselves, others need their kind."""
-    text = " ".join(str(error).split())
-    named = text if isinstance(error, MQBenchError) else f"{type(error).__name__}: {text}"
-    return named[:MAX_REASON_LENGTH]
-
-
-def attention_of(loaded: LoadedModel) -> str | None:
-    """The attention backend, which changes scores."""
-    return getattr(getattr(loaded.model, "config", None), "_attn_implementation", None)
-
-
-def now() -> str:
-    """ISO 8601, UTC, whole seconds."""
-    return datetime.now(UTC).isoformat(timespec="seconds")
-
-
-def _started_at(started: float) -> str:
-    moment = datetime.now(UTC).timestamp() - (time.perf_counter() - started)
-    return datetime.fromtimestamp(moment, UTC).isoformat(timespec="seconds")

@@ -14,8 +14,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from mqbench.harness.cell_record import failure, now
 from mqbench.harness.errors import RequestError
-from mqbench.harness.execute import Advanced, Executor, Finished, failure, now
+from mqbench.harness.execute import Advanced, Executor, Finished
 from mqbench.harness.plan import Group, Plan
 from mqbench.harness.record import Record
 from mqbench.harness.request import Request

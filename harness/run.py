@@ -17,8 +17,9 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Protocol
 
+from mqbench.harness.cell_record import failure, now
 from mqbench.harness.estimate import num_threads, num_workers
-from mqbench.harness.execute import EVALUATOR, Advanced, Executor, Finished, failure, now
+from mqbench.harness.execute import EVALUATOR, Advanced, Executor, Finished
 from mqbench.harness.plan import Group, Plan
 from mqbench.harness.ranks import Ranks, join_ranks
 from mqbench.harness.request import RAY, Request
