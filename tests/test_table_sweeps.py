@@ -29,7 +29,7 @@ from mqbench.harness.runtime.systems import SYSTEMS
 from mqbench.harness.select import parse_filters
 from mqbench.harness.store import RecordStore
 from mqbench.harness.sweep import outcome
-from mqbench.harness.sweep.measure import TIMED, TOTAL
+from mqbench.harness.sweep.figures import TIMED, TOTAL
 from mqbench.harness.sweep.model import find_sweep_model
 from mqbench.harness.sweep.spec import PAPER, QUANTIZE, SWEEPS, TASK_PREFIX, points_of
 from mqbench.harness.sweep_records import (

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property, partial
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -14,32 +14,12 @@ from mqbench.harness.runtime.interface import Runtime
 from mqbench.harness.runtime.systems import SYSTEMS, System
 from mqbench.harness.sweep import protocol
 from mqbench.harness.sweep.device import clock_of, memory_of
-from mqbench.harness.sweep.figures import (
-    HEADLINES,
-    TIMED,
-    TOTAL,
-    launch_gap,
-    linear_samples,
-    memory_figures,
-    split_figures,
-)
+from mqbench.harness.sweep.figures import linear_samples, memory_figures, split_figures
+from mqbench.harness.sweep.findings import Entry, Findings
 from mqbench.harness.sweep.inputs import decode_ids, make_turns
 from mqbench.harness.sweep.model import SweepModel
-from mqbench.harness.sweep.outcome import (
-    FAILED,
-    OK,
-    OUT_OF_MEMORY,
-    UNAVAILABLE,
-    Outcome,
-    merged,
-    note_of,
-    ratio,
-    split_group,
-    summary,
-)
-from mqbench.harness.sweep.peaks import measured_peaks, peak_metrics
+from mqbench.harness.sweep.outcome import FAILED, OK, OUT_OF_MEMORY, UNAVAILABLE, Outcome, note_of, split_group
 from mqbench.harness.sweep.protocol import Shape
-from mqbench.harness.sweep.roofline import Peaks, decode_limit_ms, prefill_limit_ms
 from mqbench.harness.sweep.session import run_pass
 from mqbench.harness.sweep.spec import LATENCY, LINEARS, MEMORY, Point
 from mqbench.harness.sweep.split import Split, split_pass
@@ -65,21 +45,6 @@ class Settings:
     dtype: str
     seed: int
     model: SweepModel
-
-
-@dataclass
-class Entry:
-    """A system in memory with its samples."""
-
-    name: str
-    runtime: Runtime
-    figures: dict[str, float]
-    note: str = OK
-    samples: dict[str, list[float]] = field(default_factory=dict)
-
-    def add(self, samples: Mapping[str, Sequence[float]]) -> None:
-        for name, values in samples.items():
-            self.samples.setdefault(name, []).extend(values)
 
 
 Hints = dict[str, tuple[int, list[tuple[str, ...]]]]
@@ -123,46 +88,38 @@ class _Measurer:
         assert isinstance(point.work, Shape)
         self.hints = hints
         self.point, self.shape, self.settings = point, point.work, settings
-        self.notes, self.build = notes, build
+        self.build = build
         self.device, self.dtype = torch.device(settings.device), getattr(torch, settings.dtype)
         self.clock, self.memory = clock_of(self.device), memory_of(self.device)
         self.rules, self.config = settings.model.rules, settings.model.build_config()
         inputs = {"device": self.device, "dtype": self.dtype, "seed": settings.seed}
         self.turns = make_turns(self.shape, self.rules, self.config, **inputs)
         self.token = decode_ids(self.shape.batch, self.config, self.device, settings.seed)
-        self.used_before = self.memory.used_bytes()
-        self.figures: dict[str, dict[str, float]] = {}
-        self.samples: dict[str, list[dict[str, list[float]]]] = {}
-        self.ratios: dict[str, float] = {}
-        self.environment: dict[str, object] = {"l2": self.clock.l2_state}
-
-    @cached_property
-    def peaks(self) -> Peaks | None:
-        """None where no limit is shown, or peaks could not be measured: times are kept without them."""
-        try:
-            return measured_peaks(self.settings.device)
-        except Exception as error:  # whatever it is, it must not cost the times of this point; the record names it
-            self.environment["peaks"] = note_of(error)
-            return None
-
-    @property
-    def timed(self) -> str:
-        """The figure that ratios compare."""
-        return TIMED.get(self.point.sweep, TOTAL)
+        self.notes = notes
+        self.found = Findings(
+            point,
+            point.work,
+            self.rules,
+            self.config.to_dict(),
+            settings.device,
+            notes,
+            environment={"l2": self.clock.l2_state},
+            used_before=self.memory.used_bytes(),
+        )
 
     def run(self) -> Outcome:
         groups = self._first_groups()
         done: list[tuple[str, ...]] = []
         while groups:
             group = tuple(name for name in groups.pop(0) if name not in self.notes or self.notes[name].startswith(OK))
-            if not group or (len(group) == 1 and group[0] in self.figures):
+            if not group or (len(group) == 1 and group[0] in self.found.figures):
                 continue
             if self._measure_group(group, number=len(done)):
                 done.append(group)
             else:
                 groups[:0] = split_group(group)
         self.hints[self._hint_key] = self._size, done
-        return self._outcome(interleaved=len(done) == 1)
+        return self.found.outcome(interleaved=len(done) == 1)
 
     @property
     def _hint_key(self) -> str:
@@ -195,7 +152,7 @@ class _Measurer:
         try:
             fits = self._prepare_all(group, entries) and self._time_all(group, entries)
             if fits:
-                self._keep(entries, number)
+                self.found.keep(entries, number)
             return fits
         except DeviceLost:
             lost = True  # closing would ask the device, and its complaint would hide this one
@@ -318,46 +275,3 @@ class _Measurer:
 
     def _add_split(self, entry: Entry) -> None:
         entry.figures |= split_figures(self._split(entry))
-
-    def _keep(self, entries: Mapping[str, Entry], number: int) -> None:
-        baseline = entries.get(self.point.systems[0])
-        for name, entry in entries.items():
-            self.figures.setdefault(name, {**entry.figures, "group": float(number)})
-            self.samples.setdefault(name, []).append(entry.samples)
-            self.notes[name] = entry.note
-            if baseline is not None and self.point.sweep != MEMORY:
-                found = ratio(baseline.samples.get(self.timed, ()), entry.samples.get(self.timed, ()))
-                if found is not None:
-                    self.ratios.setdefault(name, found)
-
-    def _outcome(self, interleaved: bool) -> Outcome:
-        metrics = {**protocol.figures(self.shape, self.rules), "interleaved": float(interleaved)}
-        if self.used_before is not None:
-            metrics["device_before_bytes"] = float(self.used_before)
-        arrays: dict[str, tuple[float, ...]] = {}
-        scores: dict[str, float] = {}
-        for name in self.point.systems:
-            if name not in self.figures:
-                continue
-            samples = merged(self.samples[name])
-            arrays |= {f"{name}.{figure}": values for figure, values in samples.items()}
-            metrics |= summary(name, samples) | self._figures(name)
-            if self.device.type == "cuda":  # an operation on the CPU is no launch
-                metrics |= launch_gap(name, metrics)
-            scores[name] = metrics[f"{name}.{HEADLINES.get(self.point.sweep, TOTAL)}"]
-        metrics |= peak_metrics(self.peaks) if scores and self.device.type == "cuda" else {}
-        notes = {name: self.notes[name] for name in self.point.systems if name in self.notes}
-        return Outcome(metrics, arrays, notes, scores, self.environment)
-
-    def _figures(self, name: str) -> dict[str, float]:
-        """What was looked at once, the ratio and the limits."""
-        found = dict(self.figures[name])
-        if name in self.ratios:
-            found["ratio"] = self.ratios[name]
-        if self.peaks is not None:
-            arguments = (self.shape, self.rules, self.config.to_dict(), SYSTEMS[name], self.peaks)
-            limits = {"limit_ms": prefill_limit_ms(*arguments)}
-            if self.shape.decode_tokens:
-                limits["decode_limit_ms"] = decode_limit_ms(*arguments)
-            found |= {key: value for key, value in limits.items() if value is not None}
-        return {f"{name}.{figure}": value for figure, value in found.items()}
