@@ -112,11 +112,11 @@ def report(
     out: Out = Path("runs/standin-report"),
     gap: Gap = None,
 ) -> None:
-    """Measure what makes the stand-in hard to quantize and write standin.md with its plots. Ten minutes on a CPU."""
+    """Measure what makes a stand-in hard to quantize; write a page with plots. Fifteen minutes on a CPU core."""
     from mqbench.harness.models.standin.harden import Hardness
     from mqbench.harness.models.standin.report import write_report
     from mqbench.harness.models.standin.study import Study
 
     folder = run or _run_folder(family)
-    write_report(folder, out, Study(folder, Hardness() if gap is None else Hardness(modality_gap=gap)))
-    typer.echo(f"report written to {out / 'standin.md'}")
+    written = write_report(folder, out, Study(folder, Hardness() if gap is None else Hardness(modality_gap=gap)))
+    typer.echo(f"report written to {written}")

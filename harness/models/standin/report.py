@@ -1,4 +1,4 @@
-"""Writes ``results/standin.md``: what makes the stand-in hard to quantize, measured and drawn."""
+"""Writes a page of ``results`` on a stand-in: what makes it hard to quantize, measured and drawn."""
 
 from __future__ import annotations
 
@@ -13,21 +13,23 @@ from rich.progress import track
 
 from mqbench.harness import environment
 from mqbench.harness.models.standin.curve import CurvePoint, plot_loss
+from mqbench.harness.models.standin.family import DEFAULT_FAMILY
 from mqbench.harness.models.standin.study import SETTINGS, VARIANTS, Setting, Study
 from mqbench.harness.quant.session import QuantReport
 from mqbench.kernels.hadamard import hadamard_transform
 
 FLOAT_RANGES = Setting("float", "rtn", "w8a8", "w8a8", {"activations": "modality"})
 ROTATED_RANGES = Setting("rotated", "mquant", "w8a8", "w8a8")
+FIRST_PAGE = "standin"
 PAGE = """\
 # The stand-in `{model}`: what makes it hard to quantize
 
 **It is synthetic: its scores are no evidence about real checkpoints.** Every figure here was measured by
-`mqbench standin report` on {device}, git commit {commit}; raw numbers: `standin/measured.json`.
+`mqbench standin report` on {device}, git commit {commit}; raw numbers: `{stem}/measured.json`.
 
 ## Training
 
-![loss](standin/loss.png)
+![loss]({stem}/loss.png)
 
 {training}
 
@@ -35,7 +37,7 @@ Hardened afterwards, function-preserving:
 
 {hardness}
 
-[How the shipped weights came about](standin/history.md) tells what was changed while they were trained.
+[history.md](standin/history.md) tells how the shipped weights came about.
 
 Trained in: a constant added to each output row of the vision fc2 at initialization (`fc2_mean`: large column means,
 Eq. 9), and a penalty that gives MLP channels to one modality (`penalty_weight`). What a model trained without them
@@ -54,13 +56,13 @@ activations, unless the row says otherwise. Float: {float_score:.1f} before hard
 Largest absolute input of each LLM linear over visual tokens, relative to that over text tokens: in the float model, and
 after rotation and online Hadamard. Above 1 visual tokens are the larger ones.
 
-![ranges](standin/ranges.png)
+![ranges]({stem}/ranges.png)
 
 {ranges}
 
 ## Weights behind the online Hadamard (Eq. 8 and 9)
 
-![weights](standin/weights.png)
+![weights]({stem}/weights.png)
 
 Margin: median over output columns of |sqrt(n) mean(w)| / max|w|; Eq. 9 holds for most columns above 1.
 
@@ -68,15 +70,24 @@ Margin: median over output columns of |sqrt(n) mean(w)| / max|w|; Eq. 9 holds fo
 """
 
 
-def write_report(run: Path, results: Path, study: Study) -> None:
-    """Measures everything and writes the page, its pictures and ``standin/measured.json``.
+def page_stem(model: str) -> str:
+    """Name of a stand-in's page and of the folder beside it: the first stand-in's is ``standin``."""
+    return FIRST_PAGE if model == f"standin-{DEFAULT_FAMILY}" else model
+
+
+def write_report(run: Path, results: Path, study: Study) -> Path:
+    """Measures everything and writes the page (``page_stem``), its pictures and ``measured.json``.
 
     Args:
         run: A finished training run.
-        results: Receives ``standin.md`` and ``standin/``.
+        results: Receives the page and, beside it, the folder of its name.
         study: The run's study.
+
+    Returns:
+        The page.
     """
-    folder = results / "standin"
+    stem = page_stem(study.name)
+    folder = results / stem
     folder.mkdir(parents=True, exist_ok=True)
     measured = measure(study)
     measured |= {"model": study.name}
@@ -85,7 +96,9 @@ def write_report(run: Path, results: Path, study: Study) -> None:
     plot_loss([CurvePoint(**row) for row in study.curve], folder / "loss.png")
     _plot_ranges(measured["ranges"], folder / "ranges.png")
     _plot_weights(study, folder / "weights.png")
-    (results / "standin.md").write_text(page(measured), encoding="utf-8")
+    written = results / f"{stem}.md"
+    written.write_text(page(measured), encoding="utf-8")
+    return written
 
 
 def measure(study: Study) -> dict[str, Any]:
@@ -117,14 +130,15 @@ def _margins(report: QuantReport) -> dict[str, float]:
 
 def page(measured: Mapping[str, Any]) -> str:
     """The page as Markdown, from what ``measured.json`` holds."""
-    environment_ = measured["environment"]
-    scores = measured["scores"]
+    environment_, scores = measured["environment"], measured["scores"]
+    model = measured.get("model", f"standin-{DEFAULT_FAMILY}")
     labels = [setting.label for setting in SETTINGS]
     rows = [[label, *(f"{scores[name][label]:.1f}" for name in VARIANTS)] for label in labels]
     ranges = [[_short(name), f"{r['float']:.2f}", f"{r['rotated']:.2f}"] for name, r in measured["ranges"].items()]
     margins = [[_short(name), f"{margin:.2f}"] for name, margin in measured["eq9"].items()]
     return PAGE.format(
-        model=measured.get("model", "standin-qwen2-vl"),
+        model=model,
+        stem=page_stem(model),
         device=environment_["cpu"],
         commit=(environment_["git"] or {"commit": "unknown"})["commit"][:12],
         training=_listed(measured["training"]),
