@@ -8,7 +8,7 @@ first use, so that Triton is needed by those alone who have a GPU.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import cache
+from functools import cache, partial
 from importlib import import_module
 from types import MappingProxyType
 from typing import Any
@@ -124,16 +124,18 @@ def _cuda_implementation(name: str) -> Callable[..., Any]:
         raise ImportError(f"operation '{name}' needs Triton on a GPU ({error}); install triton") from error
 
 
+def _run_on_cuda(name: str, *args: Any) -> Any:
+    with torch.cuda.device_of(args[0]):  # Triton launches on the current device, wherever the tensors are
+        return _cuda_implementation(name)(*args)
+
+
 def _register(name: str) -> Callable[..., Any]:
     implementation = getattr(packing if name.endswith("pack_int4") else cpu, name)
-
-    def on_cuda(*args: Any) -> Any:
-        return _cuda_implementation(name)(*args)
 
     operation = torch.library.custom_op(
         f"{NAMESPACE}::{name}", implementation, mutates_args=(), device_types="cpu", schema=SCHEMAS[name]
     )
-    operation.register_kernel("cuda", on_cuda)
+    operation.register_kernel("cuda", partial(_run_on_cuda, name))
     operation.register_fake(FAKES[name])
     return operation
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -420,3 +421,21 @@ def test_without_triton_a_gpu_says_what_to_install(monkeypatch: pytest.MonkeyPat
     ops._cuda_implementation.cache_clear()
     with pytest.raises(ImportError, match=r"operation 'hadamard' needs Triton on a GPU .* install triton"):
         ops._cuda_implementation("hadamard")
+
+
+def test_a_gpu_kernel_starts_on_the_device_of_its_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton launches on the current device, which may be another one."""
+    current: list[Tensor] = []
+
+    @contextmanager
+    def device_of(x: Tensor) -> Iterator[None]:
+        current.append(x)
+        yield
+        current.clear()
+
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    monkeypatch.setattr(ops, "_cuda_implementation", lambda name: lambda *args: (name, args, list(current)))
+    x, scale = torch.ones(2, 3), torch.ones(1)
+    name, args, seen = ops._run_on_cuda("quantize_static", x, scale, None, 8)
+    assert (name, args) == ("quantize_static", (x, scale, None, 8))
+    assert len(seen) == 1 and seen[0] is x and not current
