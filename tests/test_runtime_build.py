@@ -170,11 +170,27 @@ def test_blocks_go_where_the_map_says() -> None:
     assert [keys.device.type for keys in runtime.cache.keys] == ["cpu", "meta"]
 
 
-def test_a_model_spread_over_devices_runs() -> None:
+@pytest.mark.parametrize("name", ["bf16-eager", "bf16-graph", "mquant-w4a8"])
+def test_a_model_spread_over_devices_runs(name: str) -> None:
     """The same device under two names, so that every tensor takes the way between devices."""
-    batch, whole = a_batch(), build("mquant-w4a8")
-    spread = build("mquant-w4a8", device_map=spread_blocks(whole.fused.layout, ["cpu", "cpu:0"]))
+    batch, whole = a_batch(), build(name)
+    layout = build("mquant-w4a8").fused.layout
+    spread = build(name, device_map=spread_blocks(layout, ["cpu", "cpu:0"]))
     assert torch.equal(decoded(spread, batch, NEW_TOKENS), decoded(whole, batch, NEW_TOKENS))
+
+
+def test_an_untouched_model_spreads_its_blocks() -> None:
+    """Weights are where the map says; what a block reads comes there, and the last norm reads on the first device."""
+    layout = build("mquant-w4a8").fused.layout
+    runtime = build("bf16-eager", device_map=spread_blocks(layout, ["cpu", "meta"]))
+    places = [
+        {x.device.type for x in runtime.model.get_submodule(block.name).parameters()} for block in layout.text.blocks
+    ]
+    assert places == [{"cpu"}, {"meta"}]
+    block = runtime.model.get_submodule(layout.text.blocks[1].name)
+    (bring,) = block._forward_pre_hooks.values()
+    (x,), kept = bring(block, (torch.ones(2),), {"mask": torch.ones(3), "past_key_values": torch.ones(4)})
+    assert (x.device.type, kept["mask"].device.type, kept["past_key_values"].device.type) == ("meta", "meta", "cpu")
 
 
 def test_memory_by_part() -> None:

@@ -87,6 +87,21 @@ def test_memory_is_counted_against_what_others_hold(cuda: FakeCuda) -> None:
     assert CudaMemory(GPU).used_bytes() == 70
 
 
+def test_memory_of_several_devices_is_the_sum(cuda: FakeCuda) -> None:
+    memory = memory_of(GPU, [torch.device("cuda:1")])
+    assert memory.watch(lambda: cuda.take(70)) == (None, Watched(peak_bytes=140, kept_bytes=140))
+    assert memory.used_bytes() == 140
+    assert cuda.calls == ["synchronize"] * 4, "both, before and behind the work"
+
+
+def test_clock_waits_for_every_device(cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, waited = torch.empty, []
+    monkeypatch.setattr(torch, "empty", lambda *shape, dtype, device: real(*shape, dtype=dtype))
+    monkeypatch.setattr(torch.cuda, "synchronize", waited.append)
+    clock_of(GPU, [torch.device("cuda:1")]).wait()
+    assert waited == [GPU, torch.device("cuda:1")]
+
+
 def test_release_gives_memory_back(cuda: FakeCuda) -> None:
     CudaMemory(GPU).release()
     assert cuda.calls == ["empty_cache"]

@@ -10,6 +10,7 @@ import torch
 
 from fakes.sweep_runtime import FakeDevice, PlainMemory
 from mqbench.harness.bench.worker import DeviceLost
+from mqbench.harness.runtime.systems import SYSTEMS as SYSTEMS_OF
 from mqbench.harness.sweep import measure as measure_module
 from mqbench.harness.sweep.device import HostClock, Watched, watched_of
 from mqbench.harness.sweep.figures import launch_gap
@@ -28,7 +29,7 @@ SHAPE = Shape(56, decode_tokens=3)
 
 @pytest.fixture(autouse=True)
 def plain_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(measure_module, "memory_of", lambda device: PlainMemory())
+    monkeypatch.setattr(measure_module, "memory_of", lambda *devices: PlainMemory())
 
 
 def run(
@@ -185,7 +186,7 @@ def test_system_that_breaks_the_device_is_named(monkeypatch: pytest.MonkeyPatch)
             if broken:
                 raise RuntimeError("illegal memory access")
 
-    monkeypatch.setattr(measure_module, "clock_of", lambda device: BrokenClock())
+    monkeypatch.setattr(measure_module, "clock_of", lambda *devices: BrokenClock())
     place = Breaks()
     with pytest.raises(DeviceLost) as caught:
         run(place)
@@ -316,3 +317,20 @@ def test_groups_end() -> None:
 def test_running_sum_of_memory() -> None:
     assert watched_of([5, 7, -5, 2, -9]) == Watched(12, 0)
     assert watched_of([]) == Watched(0, 0)
+
+
+def test_a_model_over_several_devices_is_measured_and_says_what_ran_without_graphs() -> None:
+    """The same device under two names; the real runtimes."""
+    point = Point(TURNS, SHAPE, (EAGER, GRAPH, MQUANT), repeats=2)
+    outcome = measure_sequences(point, replace(SETTINGS, others=("cpu:0",)), {})
+    assert outcome.notes == {EAGER: "ok", GRAPH: measure_module.EAGER_NOTE, MQUANT: measure_module.EAGER_NOTE}
+    assert all(len(outcome.arrays[f"{name}.prefill_ms"]) == 2 for name in point.systems)
+
+
+def test_blocks_are_spread_over_all_devices() -> None:
+    arguments = {"device": torch.device("cpu"), "dtype": torch.float32, "seed": 0}
+    runtime = measure_module.build_random(
+        SETTINGS.model.build_config(), SYSTEMS_OF[MQUANT], **arguments, others=("meta",)
+    )
+    types = [device.type for device in runtime.layer_devices]
+    assert types == ["cpu"] * (len(types) // 2) + ["meta"] * (len(types) // 2)

@@ -20,6 +20,7 @@ import torch
 from fakes.repository import ROOT
 from fakes.sweep_runtime import FakeDevice, PlainMemory
 from mqbench.harness.cli import main
+from mqbench.harness.errors import RequestError
 from mqbench.harness.record import Backend, Record
 from mqbench.harness.runtime.systems import SYSTEMS
 from mqbench.harness.store import RecordStore
@@ -29,8 +30,9 @@ from mqbench.harness.sweep.measure import Settings, measure_sequences
 from mqbench.harness.sweep.model import STANDIN_FOLDER, find_sweep_model
 from mqbench.harness.sweep.outcome import Outcome
 from mqbench.harness.sweep.progress import complaints, outcome_text, results_table
-from mqbench.harness.sweep.run import Job, jobs_of, missing, run_jobs, store_in
-from mqbench.harness.sweep.spec import CHECK, PAPER, SWEEPS, Point, points_of
+from mqbench.harness.sweep.request import SweepRequest, resolve
+from mqbench.harness.sweep.run import Job, device_label, jobs_of, missing, run_jobs, store_in
+from mqbench.harness.sweep.spec import ATTENTION, CHECK, LATENCY, PAPER, SWEEPS, Point, points_of
 
 SETTINGS = Settings("cpu", "float32", 0, find_sweep_model("standin-qwen2-vl", None, {}))
 PAIR = ("bf16-eager", "mquant-w4a8")
@@ -56,7 +58,7 @@ class FakeWorker:
     def measure(self, point: Point) -> Outcome:
         self.points.append(point)
         self.interrupt(point)
-        with patch.object(measure_module, "memory_of", lambda device: PlainMemory()):
+        with patch.object(measure_module, "memory_of", lambda *devices: PlainMemory()):
             return measure_sequences(point, SETTINGS, {}, self.place.build)
 
 
@@ -256,6 +258,7 @@ def sweep(*words: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, str, st
     [
         (["latency"], "no NVIDIA GPU for 'cuda'; '--device cpu' checks on small inputs that everything runs"),
         (["latency", "--device", "tpu"], "unknown device 'tpu'; use cuda, cuda:N or cpu"),
+        (["latency", "--device", "cpu,cpu:0"], "several devices are different GPUs with numbers, cuda:0,cuda:1"),
         (["memory", "--device", "cpu", "--systems", "w4a8-tokens"], "did you mean 'w4a8-token'?"),
         (["latency", "--device", "cpu", "--systems", "rtn"], "'rtn' is a method: its arithmetic is simulated"),
         (["latency", "--device", "cpu", "--systems", ","], "--systems names nothing"),
@@ -280,6 +283,45 @@ def test_wrong_requests_are_one_line(words: list[str], message: str, capsys: pyt
     code, out, err = sweep(*words, "--out", os.devnull, capsys=capsys)
     assert (code, out) == (2, "")
     assert err.startswith("error: ") and message in err and err.count("\n") == 1
+
+
+@pytest.fixture
+def three_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = {0: "GPU A", 1: "GPU A", 2: "GPU B"}
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(names))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: names[device.index])
+
+
+@pytest.mark.usefixtures("three_gpus")
+@pytest.mark.parametrize(
+    ("text", "others", "label"),
+    [
+        ("cuda:1", (), "GPU A"),
+        ("cuda:0, cuda:1", ("cuda:1",), "2 x GPU A"),
+        ("cuda:2,cuda:0", ("cuda:0",), "GPU B + GPU A"),
+    ],
+)
+def test_several_devices(text: str, others: tuple[str, ...], label: str) -> None:
+    _, settings = resolve(SweepRequest(LATENCY, device=text))
+    assert settings.others == others
+    assert device_label(settings) == label
+
+
+@pytest.mark.usefixtures("three_gpus")
+@pytest.mark.parametrize(
+    ("sweep_name", "text", "message"),
+    [
+        (LATENCY, "cuda:0,cuda:0", "different GPUs"),
+        (LATENCY, "cuda,cuda:1", "different GPUs"),
+        (LATENCY, "cuda:0,cpu", "different GPUs"),
+        (LATENCY, "cuda:0,cuda:3", "no NVIDIA GPU for 'cuda:3'"),
+        (ATTENTION, "cuda:0,cuda:1", "'mqbench sweep attention' runs on one device"),
+    ],
+)
+def test_several_devices_that_make_no_sense(sweep_name: str, text: str, message: str) -> None:
+    with pytest.raises(RequestError, match=message):
+        resolve(SweepRequest(sweep_name, device=text))
 
 
 def test_dry_run_lists_points_and_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -18,9 +19,11 @@ from mqbench.harness.runtime.fuse import FusedModel, fuse, put
 from mqbench.harness.runtime.graph import with_index
 from mqbench.harness.runtime.interface import Runtime
 from mqbench.harness.runtime.plain import TransformersRuntime
-from mqbench.harness.runtime.random_source import RandomSource, RandomValues
+from mqbench.harness.runtime.random_source import RandomSource, RandomValues, place_of
 from mqbench.harness.runtime.rows import Rows
 from mqbench.harness.runtime.systems import System
+
+NOWHERE_ELSE: Mapping[str, torch.device] = MappingProxyType({})
 
 
 @torch.no_grad()
@@ -57,8 +60,8 @@ def build_runtime(
     model = family.empty_model(config)
     values = RandomValues(seed)
     if system.transformers:
-        fill(model, device, dtype, values)
-        return TransformersRuntime(model, layout, family, system, device)
+        fill(model, device, dtype, values, places)
+        return TransformersRuntime(model, layout, family, system, device, places)
     rows, context = Rows(), ModalityContext()
     source = RandomSource(model, layout, system, rows, device, dtype, values, places)
     fill(model.get_submodule(layout.text.entry[0]), device, dtype, values)
@@ -75,18 +78,26 @@ def spread_blocks(layout: Layout, devices: Sequence[str | torch.device]) -> dict
     return {block.name: devices[index * len(devices) // len(blocks)] for index, block in enumerate(blocks)}
 
 
-def fill(model: nn.Module, device: torch.device, dtype: torch.dtype, values: RandomValues) -> None:
+def fill(
+    model: nn.Module,
+    device: torch.device,
+    dtype: torch.dtype,
+    values: RandomValues,
+    places: Mapping[str, torch.device] = NOWHERE_ELSE,
+) -> None:
     """Puts all that is still on the meta device onto a device: random weights, ones for norms, zeros for biases.
 
-    Rotary embeddings are made anew from their config. Parameters that are one stay one.
+    Rotary embeddings are made anew from their config. Parameters that are one stay one. ``places`` names the modules
+    that go to another device.
     """
     _renew_rotary(model, device)
     made: dict[int, nn.Parameter] = {}
-    for module in model.modules():
+    for path, module in model.named_modules():
+        place = place_of(path, places, device)
         for name, parameter in module.named_parameters(recurse=False):
             if parameter.is_meta:
                 if id(parameter) not in made:
-                    made[id(parameter)] = _parameter(name, parameter, device, dtype, values)
+                    made[id(parameter)] = _parameter(name, parameter, place, dtype, values)
                 setattr(module, name, made[id(parameter)])
 
 

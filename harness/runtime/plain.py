@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -37,14 +37,25 @@ class TransformersRuntime:
         family: Its family.
         system: What runs.
         device: Where inputs go in and logits come out.
+        places: Other devices, by name of the LLM block that is there.
     """
 
-    def __init__(self, model: Any, layout: Layout, family: Family, system: System, device: torch.device) -> None:
+    def __init__(
+        self,
+        model: Any,
+        layout: Layout,
+        family: Family,
+        system: System,
+        device: torch.device,
+        places: Mapping[str, torch.device] | None = None,
+    ) -> None:
         self.model: Any = model
         self.layout, self.family, self.system, self.device = layout, family, system, device
         self._cache: Any = None
         self._valid: Tensor | None = None
         self._next: Tensor | None = None
+        if places:
+            _join(model, layout, places, device)
 
     def reserve(self, batch_size: int, num_tokens: int) -> None:
         """Empties the cache, which grows by itself."""
@@ -119,6 +130,18 @@ class TransformersRuntime:
         output = self.model(**batch, position_ids=ids, past_key_values=self._cache, use_cache=True, logits_to_keep=1)
         logits: Tensor = output.logits[:, -1]
         return logits
+
+
+def _join(model: nn.Module, layout: Layout, places: Mapping[str, torch.device], device: torch.device) -> None:
+    """What a block reads comes to its device, and what follows the last block to ``device``."""
+    from accelerate.utils import send_to_device
+
+    def bring(place: torch.device) -> Callable[..., Any]:
+        return lambda _, args, kwargs: send_to_device((args, kwargs), place, skip_keys=["past_key_values"])
+
+    assert layout.text.final_norm is not None
+    for name, place in {**places, layout.text.final_norm.name: device}.items():
+        model.get_submodule(name).register_forward_pre_hook(bring(place), with_kwargs=True)
 
 
 class _AttentionRanges(TorchFunctionMode):

@@ -204,5 +204,10 @@ class RandomSource:
         return torch.promote_types(self.dtype, torch.float32)
 
     def _device_of(self, name: str) -> torch.device:
-        found = (device for block, device in self.device_map.items() if name.startswith(block + "."))
-        return next(found, self.device)
+        return place_of(name, self.device_map, self.device)
+
+
+def place_of(name: str, places: Mapping[str, torch.device], device: torch.device) -> torch.device:
+    """Where a module goes: where ``places`` sends it or one that it is in, else ``device``."""
+    found = (place for block, place in places.items() if name == block or name.startswith(block + "."))
+    return next(found, device)

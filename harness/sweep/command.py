@@ -30,7 +30,10 @@ sweep = typer.Typer(
     "Start with [bold]mqbench sweep latency[/], then [bold]mqbench table 17[/].",
 )
 
-Device = Annotated[str, typer.Option(help="cuda or cuda:N; cpu: a functional check with small inputs, no speed.")]
+Device = Annotated[
+    str,
+    typer.Option(help="cuda, cuda:N, or several over which the LLM is spread: cuda:0,cuda:1. cpu: a check, no speed."),
+]
 Out = Annotated[Path, typer.Option(help="Folder of sweeps.jsonl; a later run with the same folder resumes.")]
 Systems = Annotated[
     str | None, typer.Option(help="Comma-separated, the baseline first; by default those of results/specs/sweeps.toml.")
@@ -89,7 +92,7 @@ def latency(
 
       mqbench sweep latency --image-px 840,2240 --systems bf16-eager,bf16-graph,mquant-w4a8
 
-      mqbench sweep latency --model qwen2-vl-72b --set text_config.num_hidden_layers=8
+      mqbench sweep latency --model qwen2-vl-72b --device cuda:0,cuda:1
 
       mqbench sweep latency --device cpu
     """

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -65,10 +65,10 @@ class HostClock:
 
 
 class CudaClock:
-    """CUDA events on the current stream."""
+    """CUDA events on the current stream of the first device, where inputs go in and logits come out."""
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
+    def __init__(self, device: torch.device, others: Sequence[torch.device] = ()) -> None:
+        self._devices = (device, *others)
         num_bytes = L2_FACTOR * torch.cuda.get_device_properties(device).L2_cache_size
         self._other: Tensor = torch.empty(num_bytes, dtype=torch.int8, device=device)
         self.l2_state = f"cold: {num_bytes} other bytes are written before each sample"
@@ -82,7 +82,8 @@ class CudaClock:
         return start.elapsed_time(end)
 
     def wait(self) -> None:
-        torch.cuda.synchronize(self._device)
+        for device in self._devices:
+            torch.cuda.synchronize(device)
 
     def cool(self) -> None:
         self._other.zero_()
@@ -133,35 +134,48 @@ class HostMemory:
 
 
 class CudaMemory:
-    """The caching allocator."""
+    """The caching allocator; of several devices the sums, though their peaks need not fall together."""
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
+    def __init__(self, *devices: torch.device) -> None:
+        self._devices = devices
 
     def watch(self, work: Callable[[], Any]) -> tuple[Any, Watched]:
-        torch.cuda.synchronize(self._device)
-        before = torch.cuda.memory_allocated(self._device)
-        torch.cuda.reset_peak_memory_stats(self._device)
+        self._wait()
+        before = self._sum(torch.cuda.memory_allocated)
+        for device in self._devices:
+            torch.cuda.reset_peak_memory_stats(device)
         result = work()
-        torch.cuda.synchronize(self._device)
-        peak = torch.cuda.max_memory_allocated(self._device)
-        return result, Watched(peak - before, torch.cuda.memory_allocated(self._device) - before)
+        self._wait()
+        peak, kept = self._sum(torch.cuda.max_memory_allocated), self._sum(torch.cuda.memory_allocated)
+        return result, Watched(peak - before, kept - before)
 
     def used_bytes(self) -> int | None:
-        free, total = torch.cuda.mem_get_info(self._device)
-        return total - free
+        def used(device: torch.device) -> int:
+            free, total = torch.cuda.mem_get_info(device)
+            return total - free
+
+        return self._sum(used)
 
     def release(self) -> None:
         gc.collect()
         torch.cuda.empty_cache()
 
+    def _wait(self) -> None:
+        for device in self._devices:
+            torch.cuda.synchronize(device)
 
-def clock_of(device: torch.device) -> Clock:
-    return CudaClock(device) if device.type == "cuda" else HostClock()
+    def _sum(self, figure: Callable[[torch.device], int]) -> int:
+        return sum(figure(device) for device in self._devices)
 
 
-def memory_of(device: torch.device) -> Memory:
-    return CudaMemory(device) if device.type == "cuda" else HostMemory()
+def clock_of(device: torch.device, others: Sequence[torch.device] = ()) -> Clock:
+    """``others`` hold further parts of the model."""
+    return CudaClock(device, others) if device.type == "cuda" else HostClock()
+
+
+def memory_of(device: torch.device, others: Sequence[torch.device] = ()) -> Memory:
+    """``others`` hold further parts of the model."""
+    return CudaMemory(device, *others) if device.type == "cuda" else HostMemory()
 
 
 @contextmanager

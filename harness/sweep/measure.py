@@ -11,7 +11,7 @@ import torch
 
 from mqbench.harness.bench.worker import DeviceLost
 from mqbench.harness.runtime.interface import Runtime
-from mqbench.harness.runtime.systems import SYSTEMS, System
+from mqbench.harness.runtime.systems import SYSTEMS, Engine, System
 from mqbench.harness.sweep import protocol
 from mqbench.harness.sweep.device import clock_of, memory_of
 from mqbench.harness.sweep.figures import linear_samples, memory_figures, split_figures
@@ -27,6 +27,7 @@ from mqbench.harness.sweep.split import Split, split_pass
 WARMUP_PASSES = 2
 WARMUP_STEPS = 2
 """Decoding steps of a warm-up pass over a single turn."""
+EAGER_NOTE = f"{OK}, eagerly: a graph does not span devices"
 
 
 class Build(Protocol):
@@ -39,12 +40,18 @@ class Build(Protocol):
 
 @dataclass(frozen=True)
 class Settings:
-    """What all points of a run have in common."""
+    """What all points of a run have in common.
+
+    Attributes:
+        device: Where inputs go in and logits come out.
+        others: Further devices that hold blocks of the LLM.
+    """
 
     device: str
     dtype: str
     seed: int
     model: SweepModel
+    others: tuple[str, ...] = ()
 
 
 Hints = dict[str, tuple[int, list[tuple[str, ...]]]]
@@ -71,14 +78,25 @@ def measure_sequences(
         DeviceLost: a system broke the GPU's context; this process can measure no more.
     """
     with torch.inference_mode():
-        return _Measurer(point, settings, dict(skip), build or build_random, {} if hints is None else hints).run()
+        build = build or partial(build_random, others=settings.others)
+        return _Measurer(point, settings, dict(skip), build, {} if hints is None else hints).run()
 
 
-def build_random(config: Any, system: System, *, device: torch.device, dtype: torch.dtype, seed: int) -> Runtime:
-    """The real runtime, in packed form from the start."""
-    from mqbench.harness.runtime.build import build_runtime
+def build_random(
+    config: Any,
+    system: System,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    seed: int,
+    others: Sequence[str] = (),
+) -> Runtime:
+    """The real runtime, in packed form from the start; the LLM's blocks in equal runs over all devices."""
+    from mqbench.harness.runtime.build import build_runtime, spread_blocks
+    from mqbench.harness.runtime.family import family_of
 
-    return build_runtime(config, system, device=device, dtype=dtype, seed=seed)
+    places = spread_blocks(family_of(config).layout(config), [device, *others]) if others else None
+    return build_runtime(config, system, device=device, dtype=dtype, seed=seed, device_map=places)
 
 
 class _Measurer:
@@ -90,7 +108,8 @@ class _Measurer:
         self.point, self.shape, self.settings = point, point.work, settings
         self.build = build
         self.device, self.dtype = torch.device(settings.device), getattr(torch, settings.dtype)
-        self.clock, self.memory = clock_of(self.device), memory_of(self.device)
+        devices = self.device, [torch.device(name) for name in settings.others]
+        self.clock, self.memory = clock_of(*devices), memory_of(*devices)
         self.rules, self.config = settings.model.rules, settings.model.build_config()
         inputs = {"device": self.device, "dtype": self.dtype, "seed": settings.seed}
         self.turns = make_turns(self.shape, self.rules, self.config, **inputs)
@@ -226,7 +245,8 @@ class _Measurer:
             runtime.close()
             raise
         figures = memory_figures(runtime, built.peak_bytes, built.kept_bytes + warm.peak_bytes)
-        entries[name] = Entry(name, runtime, figures)
+        note = EAGER_NOTE if self.settings.others and system.engine is not Engine.EAGER else OK
+        entries[name] = Entry(name, runtime, figures, note)
 
     def _warm_up(self, runtime: Runtime) -> None:
         """A single turn is warm after a few steps; later turns need every length they will see."""
@@ -271,7 +291,7 @@ class _Measurer:
         if self.point.sweep == LATENCY:
             note = self._guarded(entry.name, partial(self._add_split, entry))
             if note is not None:
-                entry.note = f"{OK}, but no time split: {note}"
+                entry.note += f", but no time split: {note}"
 
     def _add_split(self, entry: Entry) -> None:
         entry.figures |= split_figures(self._split(entry))

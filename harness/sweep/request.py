@@ -49,7 +49,7 @@ def resolve(request: SweepRequest) -> tuple[tuple[Point, ...], Settings]:
         RequestError: an option makes no sense, or this machine has no such device.
         UnknownNameError: no such model, system, size or entry.
     """
-    kind = check_device(request.device)
+    kind, devices = check_devices(request.device, request.sweep)
     profile = CHECK if kind == CPU else PAPER
     name = request.model
     if name is None and request.config is None:
@@ -62,7 +62,22 @@ def resolve(request: SweepRequest) -> tuple[tuple[Point, ...], Settings]:
     if request.seed < 0:
         raise RequestError(f"--seed must be at least 0, got {request.seed}")
     model.check()
-    return points, Settings(request.device, DTYPES[kind], request.seed, model)
+    return points, Settings(devices[0], DTYPES[kind], request.seed, model, devices[1:])
+
+
+def check_devices(text: str, sweep: str) -> tuple[str, tuple[str, ...]]:
+    """Kind and names of the devices that a model is spread over, mostly one.
+
+    Raises:
+        RequestError: one is not there or named twice, or the sweep needs a single one.
+    """
+    names = tuple(name.strip() for name in text.split(",") if name.strip()) or (text,)
+    kinds = [check_device(name) for name in names]
+    if len(names) > 1 and (CPU in kinds or CUDA in names or len(set(names)) < len(names)):
+        raise RequestError(f"--device '{text}': several devices are different GPUs with numbers, cuda:0,cuda:1")
+    if len(names) > 1 and sweep in (ATTENTION, QUANTIZE):
+        raise RequestError(f"'mqbench sweep {sweep}' runs on one device; give one to --device")
+    return kinds[0], names
 
 
 def check_device(device: str) -> str:

@@ -50,12 +50,20 @@ def jobs_of(points: Iterable[Point], settings: Settings) -> tuple[Job, ...]:
     Raises:
         RuntimeError: torch cannot use the device.
     """
-    kind, version = environment.device_kind(settings.device), code_version()
+    kind, version = device_label(settings), code_version()
 
     def cell(point: Point) -> Cell:
         return point.cell(settings.model, version=version, device=kind, dtype=settings.dtype, seed=settings.seed)
 
     return tuple(Job(point, cell(point)) for point in points)
+
+
+def device_label(settings: Settings) -> str:
+    """The device's kind; of several ``2 x NVIDIA H200``, or all kinds joined by ``+``."""
+    kinds = [environment.device_kind(device) for device in (settings.device, *settings.others)]
+    if len(kinds) == 1:
+        return kinds[0]
+    return f"{len(kinds)} x {kinds[0]}" if len(set(kinds)) == 1 else " + ".join(kinds)
 
 
 def missing(jobs: Iterable[Job], store: RecordStore) -> list[Job]:
