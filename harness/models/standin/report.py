@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from os.path import commonprefix
 from pathlib import Path
 from typing import Any
 
@@ -164,14 +165,20 @@ def _short(name: str) -> str:
 
 
 def _plot_ranges(ranges: Mapping[str, Mapping[str, float]], path: Path) -> None:
+    from matplotlib.ticker import LogLocator, NullLocator
+
     pyplot = _pyplot()
-    figure, axes = pyplot.subplots(figsize=(9, 3.4), layout="constrained")
-    positions = range(len(ranges))
+    figure, axes = pyplot.subplots(figsize=(9, 4.2), layout="constrained")
+    positions, names = range(len(ranges)), [_short(name) for name in ranges]
+    shared = commonprefix(names).rpartition(".")[0]  # noqa: RUF071 (no paths; a prefix of characters, cut at a dot)
     for key, marker in (("float", "o"), ("rotated", "^")):
         axes.plot(positions, [row[key] for row in ranges.values()], marker, label=key)
     axes.axhline(1, color="grey", linewidth=0.8)
-    axes.set(yscale="log", ylabel="visual / text, largest absolute input")
-    axes.set_xticks(list(positions), [_short(name) for name in ranges], rotation=90, fontsize=6)
+    axes.set(yscale="log", title="Largest absolute input", ylabel="visual / text tokens")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.set_xticks(list(positions), [name.removeprefix(f"{shared}.") for name in names], rotation=90, fontsize=6)
     axes.legend()
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
