@@ -8,7 +8,7 @@ from string import Formatter
 from mqbench.harness.models.standin import tasks
 from mqbench.harness.models.standin.tasks import Example
 
-SHORT_ANSWER = "Answer the question using a single word or phrase."
+WORD_OR_PHRASE = "Answer the question using a single word or phrase."
 LETTER = "Answer with the option's letter from the given choices directly."
 READ_CAREFULLY = (
     "Read the following question carefully, solve it step by step, and then output the final answer in the format of "
@@ -58,7 +58,7 @@ def is_vqa(example: Example) -> bool:
 
 
 DATASETS = PromptStyle(
-    vqa=f"{{question}}\n{SHORT_ANSWER}",
+    vqa=f"{{question}}\n{WORD_OR_PHRASE}",
     ocr="{question}",
     yes_no="{question}",
     choice=(
@@ -68,11 +68,11 @@ DATASETS = PromptStyle(
 )
 """Of the datasets themselves, for wrappers that change nothing."""
 LLAVA = replace(DATASETS, choice=f"{{hint}}{{question}}\n{{options}}\n{LETTER}", hint="{hint}\n")
-INTERNVL = replace(LLAVA, ocr=LLAVA.vqa, yes_no=f"{{question}} {SHORT_ANSWER}")
+INTERNVL = replace(LLAVA, ocr=LLAVA.vqa, yes_no=f"{{question}} {WORD_OR_PHRASE}")
 MINICPM_V = replace(
     DATASETS,
     vqa="{question}",
     ocr=f"{READ_CAREFULLY}{{question}}",
     choice=f"{{hint}}Question: {{question}}\nOptions:\n{{options}}\n\n{LETTER}",
-    before_image=SHORT_ANSWER,
+    before_image=WORD_OR_PHRASE,
 )
