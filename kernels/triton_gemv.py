@@ -30,6 +30,10 @@ MAX_ROWS = 8
 MAGIC_BITS, MAGIC = tl.constexpr(0x4B000008), tl.constexpr(float(2**23 + 8))
 """A nibble xor the bits, read as a float, is ``MAGIC + level``: no integer conversion."""
 
+WORDS_FIRST = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7)
+"""Loads that are contiguous along no axis, as those of scales, get a layout whose first axis runs fastest before Triton
+3.7, and whose last one does since. Where words are that axis, all operands of a loop share a layout."""
+
 
 @triton.jit
 def dot4(a, b, acc):
@@ -88,20 +92,27 @@ def dequantize(nibbles, scale, zero, dtype: tl.constexpr):
 def weight_only_gemv_kernel(
     x, w, out, scale, zero_point, bias, M, N,
     WORDS: tl.constexpr, GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    WORDS_FIRST: tl.constexpr,
 ):  # fmt: skip
     """x (M, 2, 4, WORDS) float32 by plane, byte and word; w (N, WORDS) int32; scale (N, groups) -> out (M, N).
 
-    ``GROUP`` is a multiple of 4: a word lies in one group per plane.
+    ``GROUP`` is a multiple of 4: a word lies in one group per plane. Axes of the tiles are row, column and word, or
+    word, column and row (``WORDS_FIRST``).
     """
     GROUPS: tl.constexpr = (8 * WORDS + GROUP - 1) // GROUP
     dtype: tl.constexpr = out.dtype.element_ty
     rows = tl.arange(0, BLOCK_M)
     columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     column = (columns % N).to(tl.int64)[None, :, None]
-    x_tile = x + (rows % M)[:, None, None] * (8 * WORDS)
-    acc = tl.zeros((BLOCK_M, BLOCK_N, BLOCK_K), tl.float32)
+    if WORDS_FIRST:
+        row, word = rows[None, None, :], tl.arange(0, BLOCK_K)[:, None, None]
+        acc = tl.zeros((BLOCK_K, BLOCK_N, BLOCK_M), tl.float32)
+    else:
+        row, word = rows[:, None, None], tl.arange(0, BLOCK_K)[None, None, :]
+        acc = tl.zeros((BLOCK_M, BLOCK_N, BLOCK_K), tl.float32)
+    x_tile = x + row % M * (8 * WORDS)
     for start in range(0, WORDS, BLOCK_K):
-        k = start + tl.arange(0, BLOCK_K)[None, None, :]
+        k = start + word
         inside = k < WORDS
         packed = tl.load(w + column * WORDS + k, mask=inside, other=0, eviction_policy="evict_first")
         for plane in tl.static_range(2):
@@ -111,7 +122,7 @@ def weight_only_gemv_kernel(
             for byte in tl.static_range(4):
                 weight = dequantize((packed >> (8 * byte + 4 * plane)) & 15, factor, zero, dtype)
                 acc += weight * tl.load(x_tile + (4 * plane + byte) * WORDS + k, mask=inside, other=0.0)
-    y = tl.sum(acc, axis=2)
+    y = tl.sum(acc, axis=0).trans() if WORDS_FIRST else tl.sum(acc, axis=2)
     if bias is not None:
         added = tl.load(bias + columns, mask=columns < N, other=0.0).to(tl.float32)
         y += to_dtype(added, dtype).to(tl.float32)[None, :]
@@ -158,6 +169,7 @@ def weight_only_gemv(
         BLOCK_M=triton.next_power_of_2(num_rows),
         BLOCK_N=config.block_n,
         BLOCK_K=config.block_k,
+        WORDS_FIRST=WORDS_FIRST,
         num_warps=config.num_warps,
     )
 

@@ -140,7 +140,8 @@ def test_profiler_sees_kernels_and_waits_for_them(cuda: FakeCuda, monkeypatch: p
     asked: list[Any] = []
 
     class Profile:
-        def __init__(self, activities: list[Any], profile_memory: bool) -> None:
+        def __init__(self, activities: list[Any], profile_memory: bool, acc_events: bool) -> None:
+            assert acc_events, "without it torch 2.11 warns"
             asked.extend(activities)
 
         def __enter__(self) -> Profile:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -17,6 +18,8 @@ from mqbench.kernels.triton_unpack import dequantize_int4, unpack_int4_x16
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+SUM_ORDER = 4
+"""Roundings of the largest result."""
 Terms = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
 
@@ -50,10 +53,12 @@ def _terms(generator: torch.Generator, num_rows: int, num_out: int, scale_kind: 
 
 
 def _check_rounding(out: Tensor, truth: Tensor, own: Tensor) -> None:
-    """Within twice the error of the reference in the same dtype, which is never less than rounding the truth."""
+    """Within twice the error of the reference in the same dtype, which is never less than rounding the truth, and what
+    another order of a sum in float32 may add."""
     assert out.isfinite().all()
     own_error = torch.maximum((own.double() - truth).abs(), (truth.to(out.dtype).double() - truth).abs())
-    assert (out.double() - truth).abs().max() <= 2 * own_error.max()
+    order = SUM_ORDER * torch.finfo(torch.float32).eps * truth.abs().max()
+    assert (out.double() - truth).abs().max() <= 2 * own_error.max() + order
 
 
 def _run(choice: Choice, num_bits: int, x_q: Tensor, w_q: Tensor, terms: Terms, dtype: torch.dtype) -> Tensor:
@@ -110,10 +115,18 @@ def test_integer_products(num_bits: int, choice: Choice, data: st.DataObject) ->
     group_size=st.sampled_from((4, 12, 32, 64, 1000)),
     dtype=st.sampled_from(DTYPES),
     has_zero=st.booleans(),
+    words_first=st.booleans(),
     seed=st.integers(0, 99),
 )
 def test_weight_only(
-    num_rows: int, num_out: int, words: int, group_size: int, dtype: torch.dtype, has_zero: bool, seed: int
+    num_rows: int,
+    num_out: int,
+    words: int,
+    group_size: int,
+    dtype: torch.dtype,
+    has_zero: bool,
+    words_first: bool,
+    seed: int,
 ) -> None:
     """Matrix-vector kernel and unpacked product; groups that straddle the halves or end early included."""
     generator, width = torch.Generator().manual_seed(seed), 8 * words
@@ -125,7 +138,9 @@ def test_weight_only(
     truth = reference.weight_only_int4(x, packed, scale, zero, group_size, None if bias is None else bias.to(dtype))
     own = reference.weight_only_int4(x, packed, scale, zero, group_size, bias, dtype=torch.float32).to(dtype)
     for choice in (Choice(Kernel.GEMV, GemvConfig(4, 16)), Choice(Kernel.UNPACK)):
-        _check_rounding(dispatch.weight_only_int4(x, packed, scale, zero, group_size, bias, choice), truth, own)
+        with patch.object(triton_gemv, "WORDS_FIRST", words_first):
+            out = dispatch.weight_only_int4(x, packed, scale, zero, group_size, bias, choice)
+        _check_rounding(out, truth, own)
 
 
 @settings(max_examples=20)

@@ -1,4 +1,7 @@
-"""Attention of one pass, chosen once for all layers: who sees whom, and over which keys."""
+"""Attention of one pass, chosen once for all layers: who sees whom, and over which keys.
+
+Its classes are not frozen: torch 2.11's compiler loses the fields of a frozen dataclass that a compiled pass makes.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +33,7 @@ class PassAttention(Protocol):
         ...
 
 
-@dataclass(frozen=True)
+@dataclass
 class Causal:
     """The first chunk, unpadded and in its original order."""
 
@@ -41,7 +44,7 @@ class Causal:
         return self
 
 
-@dataclass(frozen=True)
+@dataclass
 class Masked:
     """Any chunk; (B or 1, 1, T, S) mask, True or 0 where attention is allowed; None allows all."""
 
@@ -54,7 +57,7 @@ class Masked:
         return Masked(None if self.mask is None else self.mask.to(device))
 
 
-@dataclass(frozen=True)
+@dataclass
 class Planned:
     """AIFS attention: any order, padding, later turns.
 
@@ -76,7 +79,7 @@ class Planned:
         return Planned(with_tensors(self.plan, [x.to(device) for x in plan_tensors(self.plan)]), self.num_keys)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Decoding:
     """One query per row; valid (B, S) bool says which slots of the cache hold a token."""
 

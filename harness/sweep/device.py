@@ -187,7 +187,7 @@ def profiling(device: torch.device, memory: bool = False) -> Iterator[Any]:
     activities = [ProfilerActivity.CPU]
     if device.type == "cuda":
         activities.append(ProfilerActivity.CUDA)
-    with profile(activities=activities, profile_memory=memory) as profiler:
+    with profile(activities=activities, profile_memory=memory, acc_events=True) as profiler:
         yield profiler
         if device.type == "cuda":
             torch.cuda.synchronize(device)

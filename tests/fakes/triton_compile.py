@@ -21,7 +21,7 @@ from triton.compiler import ASTSource
 from mqbench.kernels.gemm_configs import FAMILIES, GEMV_BLOCK_K, GEMV_BLOCK_N, GemmConfig
 from mqbench.kernels.triton_epilogue import NIBBLE_SCALE, REDUCE_BLOCK_M, REDUCE_BLOCK_N, reduce_kernel
 from mqbench.kernels.triton_gemm import int4_gemm_kernel, int8_gemm_kernel
-from mqbench.kernels.triton_gemv import int_gemv_kernel, weight_only_gemv_kernel
+from mqbench.kernels.triton_gemv import WORDS_FIRST, int_gemv_kernel, weight_only_gemv_kernel
 from mqbench.kernels.triton_unpack import BLOCK_K, BLOCK_N, HIGH_NIBBLES, dequantize_kernel, unpack_kernel
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -100,7 +100,8 @@ def gemv(capability: int, num_bits: int, num_rows: int, block_n: int, width: int
 def weight_only(capability: int, num_rows: int, block_n: int, width: int) -> dict[str, Any]:
     types = {"x": "*fp32", "w": "*i32", "out": "*bf16", "scale": "*fp32", "zero_point": "*fp32", "bias": "*bf16"}
     constants = {
-        "WORDS": width // 8, "GROUP": 128, "BLOCK_M": num_rows, "BLOCK_N": block_n, "BLOCK_K": GEMV_BLOCK_K
+        "WORDS": width // 8, "GROUP": 128, "BLOCK_M": num_rows, "BLOCK_N": block_n, "BLOCK_K": GEMV_BLOCK_K,
+        "WORDS_FIRST": WORDS_FIRST,
     }  # fmt: skip
     types |= {"M": "i32", "N": "i32"}
     return build("weight_only", capability, weight_only_gemv_kernel, types, constants, num_warps=4)
