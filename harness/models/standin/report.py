@@ -93,12 +93,13 @@ def write_report(run: Path, results: Path, study: Study) -> Path:
     measured = measure(study)
     measured |= {"model": study.name}
     measured |= {"environment": environment.describe(), "hardness": asdict(study.hardness), "training": study.training}
-    (folder / "measured.json").write_text(json.dumps(measured, indent=1, default=str) + "\n", encoding="utf-8")
+    text = json.dumps(measured, indent=1, default=str)
+    (folder / "measured.json").write_text(f"{text}\n", encoding="utf-8")
     plot_loss([CurvePoint(**row) for row in study.curve], folder / "loss.png")
     _plot_ranges(measured["ranges"], folder / "ranges.png")
     _plot_weights(study, folder / "weights.png")
     written = results / f"{stem}.md"
-    written.write_text(page(measured), encoding="utf-8")
+    written.write_text(page(json.loads(text)), encoding="utf-8")
     return written
 
 
