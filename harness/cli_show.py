@@ -12,19 +12,23 @@ from mqbench.harness.cli_options import EXIT_FAILED_CELLS, DataDir, ModelsDir
 paper = typer.Typer(no_args_is_help=True, help="The paper's own numbers: do they follow from each other?")
 models_group = typer.Typer(invoke_without_command=True)
 
+RecordsDir = Annotated[
+    Path | None, typer.Option(help="Folder of records.jsonl; by default runs, and the shipped records for all.")
+]
+Where = Annotated[
+    list[str] | None, typer.Option(help="NAME=VALUE, repeatable: use only records with this setting; or NAME=any.")
+]
+Render = Annotated[
+    Path | None, typer.Option(help="Folder for the files; by default 'rendered' beside the records' folder.")
+]
+
 
 def table(
     number: Annotated[str, typer.Argument(help="Number of the paper's table, or all.")],
     style: Annotated[str, typer.Option("--format", help="terminal, md, tex or csv.")] = "terminal",
-    out: Annotated[
-        Path | None, typer.Option(help="Folder of records.jsonl; by default runs, and the shipped records for all.")
-    ] = None,
-    where: Annotated[
-        list[str] | None, typer.Option(help="NAME=VALUE, repeatable: use only records with this setting; or NAME=any.")
-    ] = None,
-    render: Annotated[
-        Path | None, typer.Option(help="Folder for all tables; by default 'rendered' beside the records' folder.")
-    ] = None,
+    out: RecordsDir = None,
+    where: Where = None,
+    render: Render = None,
 ) -> None:
     """Print a table from stored records, or render all of them as files; no model runs.
 
@@ -49,15 +53,9 @@ def figure(
     style: Annotated[
         str | None, typer.Option("--format", help="png, svg or pdf; by default png and svg. csv prints the data.")
     ] = None,
-    out: Annotated[
-        Path | None, typer.Option(help="Folder of records.jsonl; by default runs, and the shipped records for all.")
-    ] = None,
-    where: Annotated[
-        list[str] | None, typer.Option(help="NAME=VALUE, repeatable: use only records with this setting; or NAME=any.")
-    ] = None,
-    render: Annotated[
-        Path | None, typer.Option(help="Folder for the files; by default 'rendered' beside the records' folder.")
-    ] = None,
+    out: RecordsDir = None,
+    where: Where = None,
+    render: Render = None,
 ) -> None:
     """Draw a figure from stored records, with its data (csv) and caption (txt); no model runs.
 
