@@ -66,22 +66,21 @@ class CellData:
             self._prompts[family, info] = self.evaluate.calibration_prompts(found, family)
         return self._prompts[family, info]
 
-    def evaluated_batches(self, loaded: LoadedModel, cell: Cell) -> Iterable[EvaluatedBatch]:
+    def evaluated_batches(self, loaded: LoadedModel, adapter: Any, cell: Cell) -> Iterable[EvaluatedBatch]:
         """What is evaluated, as model inputs, batch by batch: windows of text, or the rows of all benchmarks."""
         from mqbench.harness.evaluated import benchmark_batches, rows_sha256, window_batches
 
-        adapter = discover.find_model(loaded.name)
         if modality_of_adapter(adapter) is Needs.TEXT:
-            return window_batches(loaded, adapter, self.windows(loaded, cell), cell.batch_size)
+            return window_batches(loaded, adapter, self.windows(loaded, adapter, cell), cell.batch_size)
         parts = [self._rows_of(task, cell.limit) for task in TASKS]
         _require_unchanged(rows_sha256(parts), cell.data_sha256, "what is evaluated")
         return benchmark_batches(loaded, adapter, parts, cell.batch_size, self.evaluate)
 
-    def windows(self, loaded: LoadedModel, cell: Cell) -> Tensor:
+    def windows(self, loaded: LoadedModel, adapter: Any, cell: Cell) -> Tensor:
         """The evaluated windows of text, (windows, context_length) token ids."""
         from mqbench.harness.datasets.text import load_corpus, load_windows
 
-        length = discover.find_model(loaded.name).context_length  # type: ignore[attr-defined]
+        length = adapter.context_length
         found = load_corpus("test", self.request.data_dir).windows_hash(length)
         _require_unchanged(found, cell.data_sha256, "the evaluated text")
         return load_windows(loaded.processor, length, cell.limit, self.request.data_dir)

@@ -244,7 +244,7 @@ class Executor:
         from mqbench.harness.finite import finite_outputs
         from mqbench.harness.perplexity import perplexity, window_losses
 
-        loaded, windows = ready.loaded, self.data.windows(ready.loaded, cell)
+        loaded, windows = ready.loaded, self.data.windows(ready.loaded, ready.adapter, cell)
         done, keep = self._resumed(cell)
 
         def answer() -> dict[str, str]:
@@ -280,7 +280,11 @@ class Executor:
             return self.data.calibration_batches(ready.loaded, cell.calibration)
 
         context = ProbeContext(
-            ready.loaded, cell.recipe, ready.report, batches, lambda: self.data.evaluated_batches(ready.loaded, cell)
+            ready.loaded,
+            cell.recipe,
+            ready.report,
+            batches,
+            lambda: self.data.evaluated_batches(ready.loaded, ready.adapter, cell),
         )
         result = PROBES[cell.task].run(context)
         self.notify(Advanced(1))

@@ -88,7 +88,7 @@ def test_memory_is_counted_against_what_others_hold(cuda: FakeCuda) -> None:
 
 
 def test_memory_of_several_devices_is_the_sum(cuda: FakeCuda) -> None:
-    memory = memory_of(GPU, [torch.device("cuda:1")])
+    memory = memory_of(GPU, torch.device("cuda:1"))
     assert memory.watch(lambda: cuda.take(70)) == (None, Watched(peak_bytes=140, kept_bytes=140))
     assert memory.used_bytes() == 140
     assert cuda.calls == ["synchronize"] * 4, "both, before and behind the work"
@@ -98,7 +98,7 @@ def test_clock_waits_for_every_device(cuda: FakeCuda, monkeypatch: pytest.Monkey
     real, waited = torch.empty, []
     monkeypatch.setattr(torch, "empty", lambda *shape, dtype, device: real(*shape, dtype=dtype))
     monkeypatch.setattr(torch.cuda, "synchronize", waited.append)
-    clock_of(GPU, [torch.device("cuda:1")]).wait()
+    clock_of(GPU, torch.device("cuda:1")).wait()
     assert waited == [GPU, torch.device("cuda:1")]
 
 

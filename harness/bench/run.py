@@ -7,7 +7,6 @@ import time
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -16,6 +15,7 @@ from mqbench.harness import environment
 from mqbench.harness.bench.device import describe_device, package_version
 from mqbench.harness.bench.spec import Case, Profile
 from mqbench.harness.bench.worker import Bench, Settings
+from mqbench.harness.cell_record import now
 from mqbench.harness.record import Backend, Cell, Record, Sample, Status
 from mqbench.harness.store import RecordStore
 
@@ -140,7 +140,7 @@ def code_fingerprint(version: str, folders: Iterable[Path], packages: Iterable[s
 
 
 def _measured(job: Job, settings: Settings, store: RecordStore, bench: Bench) -> Record:
-    started_at, start = datetime.now(UTC).isoformat(timespec="seconds"), time.perf_counter()
+    started_at, start = now(), time.perf_counter()
     try:
         measurement = bench.measure(job.case)
     except Exception as error:  # one case must not end the others; the record and the traceback say what happened

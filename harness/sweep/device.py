@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -67,7 +67,7 @@ class HostClock:
 class CudaClock:
     """CUDA events on the current stream of the first device, where inputs go in and logits come out."""
 
-    def __init__(self, device: torch.device, others: Sequence[torch.device] = ()) -> None:
+    def __init__(self, device: torch.device, *others: torch.device) -> None:
         self._devices = (device, *others)
         num_bytes = L2_FACTOR * torch.cuda.get_device_properties(device).L2_cache_size
         self._other: Tensor = torch.empty(num_bytes, dtype=torch.int8, device=device)
@@ -168,12 +168,12 @@ class CudaMemory:
         return sum(figure(device) for device in self._devices)
 
 
-def clock_of(device: torch.device, others: Sequence[torch.device] = ()) -> Clock:
+def clock_of(device: torch.device, *others: torch.device) -> Clock:
     """``others`` hold further parts of the model."""
-    return CudaClock(device, others) if device.type == "cuda" else HostClock()
+    return CudaClock(device, *others) if device.type == "cuda" else HostClock()
 
 
-def memory_of(device: torch.device, others: Sequence[torch.device] = ()) -> Memory:
+def memory_of(device: torch.device, *others: torch.device) -> Memory:
     """``others`` hold further parts of the model."""
     return CudaMemory(device, *others) if device.type == "cuda" else HostMemory()
 

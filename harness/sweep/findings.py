@@ -40,7 +40,7 @@ class Findings:
     """One point's figures by system.
 
     Attributes:
-        point: What is measured, with the ``shape`` that is its work.
+        point: What is measured; its work is a ``Shape``.
         rules: The model's image preprocessor.
         config: The model's configuration.
         device: Where it runs, as the user named it.
@@ -50,7 +50,6 @@ class Findings:
     """
 
     point: Point
-    shape: Shape
     rules: ImageRules
     config: Mapping[str, Any]
     device: str
@@ -69,6 +68,11 @@ class Findings:
         except Exception as error:  # whatever it is, it must not cost the times of this point; the record names it
             self.environment["peaks"] = note_of(error)
             return None
+
+    @property
+    def shape(self) -> Shape:
+        assert isinstance(self.point.work, Shape)
+        return self.point.work
 
     @property
     def timed(self) -> str:

@@ -53,6 +53,10 @@ class Settings:
     model: SweepModel
     others: tuple[str, ...] = ()
 
+    @property
+    def devices(self) -> tuple[str, ...]:
+        return (self.device, *self.others)
+
 
 Hints = dict[str, tuple[int, list[tuple[str, ...]]]]
 """Groups of systems that fitted in memory, with the length of the cache; by model and systems."""
@@ -108,16 +112,14 @@ class _Measurer:
         self.point, self.shape, self.settings = point, point.work, settings
         self.build = build
         self.device, self.dtype = torch.device(settings.device), getattr(torch, settings.dtype)
-        devices = self.device, [torch.device(name) for name in settings.others]
+        devices = [torch.device(name) for name in settings.devices]
         self.clock, self.memory = clock_of(*devices), memory_of(*devices)
         self.rules, self.config = settings.model.rules, settings.model.build_config()
         inputs = {"device": self.device, "dtype": self.dtype, "seed": settings.seed}
         self.turns = make_turns(self.shape, self.rules, self.config, **inputs)
         self.token = decode_ids(self.shape.batch, self.config, self.device, settings.seed)
-        self.notes = notes
         self.found = Findings(
             point,
-            point.work,
             self.rules,
             self.config.to_dict(),
             settings.device,
@@ -130,7 +132,9 @@ class _Measurer:
         groups = self._first_groups()
         done: list[tuple[str, ...]] = []
         while groups:
-            group = tuple(name for name in groups.pop(0) if name not in self.notes or self.notes[name].startswith(OK))
+            group = tuple(
+                name for name in groups.pop(0) if name not in self.found.notes or self.found.notes[name].startswith(OK)
+            )
             if not group or (len(group) == 1 and group[0] in self.found.figures):
                 continue
             if self._measure_group(group, number=len(done)):
@@ -155,8 +159,8 @@ class _Measurer:
         for name in self.point.systems:
             reason = SYSTEMS[name].runs_on(self.device)
             if reason is not None:
-                self.notes.setdefault(name, f"{UNAVAILABLE}: {reason}")
-            elif name not in self.notes:
+                self.found.notes.setdefault(name, f"{UNAVAILABLE}: {reason}")
+            elif name not in self.found.notes:
                 able.append(name)
         if self.point.sweep == MEMORY:
             return [(name,) for name in able]
@@ -211,7 +215,7 @@ class _Measurer:
             return True
         if note.startswith(OUT_OF_MEMORY) and len(group) > 1:
             return False
-        self.notes[name] = note
+        self.found.notes[name] = note
         return True
 
     def _guarded(self, name: str, work: Callable[[], Any]) -> str | None:

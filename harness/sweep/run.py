@@ -6,7 +6,6 @@ import time
 import traceback
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 from mqbench.harness import environment
 from mqbench.harness.bench.device import describe_device
 from mqbench.harness.bench.run import code_fingerprint, store_each
+from mqbench.harness.cell_record import now
 from mqbench.harness.record import Backend, Cell, Record, Sample, Status
 from mqbench.harness.store import RecordStore
 from mqbench.harness.sweep.measure import Settings
@@ -60,7 +60,7 @@ def jobs_of(points: Iterable[Point], settings: Settings) -> tuple[Job, ...]:
 
 def device_label(settings: Settings) -> str:
     """The device's kind; of several ``2 x NVIDIA H200``, or all kinds joined by ``+``."""
-    kinds = [environment.device_kind(device) for device in (settings.device, *settings.others)]
+    kinds = [environment.device_kind(device) for device in settings.devices]
     if len(kinds) == 1:
         return kinds[0]
     return f"{len(kinds)} x {kinds[0]}" if len(set(kinds)) == 1 else " + ".join(kinds)
@@ -132,7 +132,7 @@ def code_version() -> str:
 
 
 def _measured(job: Job, settings: Settings, store: RecordStore, measure: Callable[[Point], Outcome]) -> Record:
-    started_at, start = datetime.now(UTC).isoformat(timespec="seconds"), time.perf_counter()
+    started_at, start = now(), time.perf_counter()
     before = describe_device(settings.device).get("state")
     try:
         outcome = measure(job.point)

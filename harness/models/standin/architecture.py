@@ -35,7 +35,7 @@ DEFAULT_SIZE = Size()
 
 
 def decoder_arguments(tokenizer: PreTrainedTokenizerFast, size: Size) -> dict[str, Any]:
-    """Entries of transformers' configs of LLaMA and Qwen2."""
+    """Entries of transformers' configs of LLaMA, Qwen2 and Qwen2-VL's LLM."""
     return {
         "vocab_size": len(tokenizer),
         "hidden_size": size.text_width,

@@ -28,7 +28,7 @@ from transformers.models.qwen2_vl.modeling_qwen2_vl import apply_rotary_pos_emb,
 from transformers.models.qwen2_vl.video_processing_qwen2_vl import Qwen2VLVideoProcessor
 
 from mqbench.harness.models.qwen2_vl import qwen2_vl_layout
-from mqbench.harness.models.standin.architecture import Size
+from mqbench.harness.models.standin.architecture import Size, decoder_arguments
 from mqbench.harness.models.standin.family import DEFAULT_FAMILY, StandIn
 from mqbench.harness.models.standin.objective import TrainBatch, real_tokens, right_padded
 from mqbench.harness.models.standin.render import HEIGHT_PX, WIDTH_PX
@@ -189,19 +189,8 @@ def _config(tokenizer: PreTrainedTokenizerFast, size: Size) -> Qwen2VLConfig:
             "spatial_merge_size": MERGE,
         },
         text_config={
-            "vocab_size": len(tokenizer),
-            "hidden_size": size.text_width,
-            "intermediate_size": size.text_mlp,
-            "num_hidden_layers": size.text_depth,
-            "num_attention_heads": size.text_heads,
-            "num_key_value_heads": size.text_kv_heads,
-            "max_position_embeddings": 4096,
-            "rms_norm_eps": 1e-6,
+            **decoder_arguments(tokenizer, size),
             "rope_parameters": {"rope_type": "default", "mrope_section": section, "rope_theta": 10000.0},
-            "bos_token_id": None,
-            "eos_token_id": ids["<|im_end|>"],
-            "pad_token_id": ids["<|endoftext|>"],
-            "tie_word_embeddings": False,
         },
         image_token_id=ids["<|image_pad|>"],
         video_token_id=ids["<|video_pad|>"],
